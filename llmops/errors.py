@@ -1,0 +1,15 @@
+"""The two kinds of failure that a user sees as one line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user gave cannot work. The message says what, where (file, key, value) and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class ClusterError(Exception):
+    """A scheduler or a store did not answer, or refused for a reason that is not the user's. Exit code 1."""
+
+    exit_code = 1
