@@ -90,7 +90,8 @@ def test_create_keeps_the_first(store: Store) -> None:
 
 
 def test_of_eight_creators_exactly_one_wins(store: Store) -> None:
-    for number in range(5):
+    rounds = 1 if store.url.startswith("s3") else 20  # the server lets one contender look per second
+    for number in range(rounds):
         start = threading.Barrier(8)
 
         def attempt(who: int, start: threading.Barrier = start, path: str = f"claims/{number}") -> bool:
@@ -101,7 +102,7 @@ def test_of_eight_creators_exactly_one_wins(store: Store) -> None:
             won = list(pool.map(attempt, range(8)))
         assert won.count(True) == 1
         assert store.get(f"claims/{number}") == b"%d" % won.index(True)
-    assert store.list("claims") == ["0", "1", "2", "3", "4"]
+    assert len(store.list("claims")) == rounds
 
 
 def test_sub_is_a_store_of_its_own(store: Store, url: str) -> None:
@@ -270,6 +271,7 @@ def test_an_unreachable_store_is_one_line(s3_server: str, monkeypatch: pytest.Mo
 
     from tests.conftest import free_ports
 
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(ClusterError, match="s3://bucket/runs: the store did not answer") as caught:
