@@ -1,0 +1,171 @@
+"""The typed configuration of a run: what a user may set, with its type and default.
+
+Rules that span several keys are in :mod:`llmops.config.rules`; ``conf/`` lists every key with a comment.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llm.utils.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistConfig,
+    EvalConfig,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TrainConfig,
+)
+
+Multiplier = Annotated[int, Meta(ge=1, le=100_000)]
+
+
+class CodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of the working tree travels with the run."""
+
+    enabled: bool = True
+    root: str | None = None
+    max_mb: PositiveFloat = 100.0
+    exclude: list[str] = []
+
+
+class RetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a failure is tried again."""
+
+    max_no_progress: PositiveInt = 3
+    max_failures: PositiveInt = 20
+    backoff_s: NonNegativeFloat = 2.0
+    backoff_max_s: NonNegativeFloat = 60.0
+
+
+class StopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long a stop request may take, and when a silent rank counts as hung."""
+
+    local_grace_s: PositiveFloat = 120.0
+    signal: str | None = None
+    hang_s: NonNegativeFloat = 1800.0
+
+
+class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The container that the job's program runs in."""
+
+    runtime: Literal["none", "pyxis", "apptainer"] = "none"
+    image: str | None = None
+    mounts: list[str] = []
+    args: list[str] = []
+
+
+class LocalCluster(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="backend", tag="local"
+):
+    """Processes on this machine."""
+
+    nodes: PositiveInt = 1
+    ranks_per_node: Multiplier = 1
+    python: str | None = None
+
+
+class SlurmCluster(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="backend", tag="slurm"
+):
+    """One SLURM job. ``None`` leaves a choice to the cluster."""
+
+    nodes: Multiplier = 1
+    ranks_per_node: Multiplier = 1
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus_per_node: NonNegativeInt | None = None
+    gres: str | None = None
+    cpus_per_rank: PositiveInt | None = None
+    mem: str | None = None
+    mem_per_cpu: str | None = None
+    time: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    nodelist: str | None = None
+    reservation: str | None = None
+    exclusive: bool = False
+    mail_user: str | None = None
+    mail_type: str | None = None
+    comment: str | None = None
+    dependency: str | None = None
+    container: ContainerConfig = ContainerConfig()
+    setup: list[str] = []
+    extra: list[str] = []
+    signal_s: PositiveInt | None = None
+    template: str | None = None
+    python: str | None = None
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole run. ``command`` is empty for the built-in trainer."""
+
+    name: str | None = None
+    runs_url: str | None = None
+    command: list[str] = []
+    secrets: list[str] = []
+    env: dict[str, str] = {}
+    code: CodeConfig = CodeConfig()
+    retry: RetryConfig = RetryConfig()
+    stop: StopConfig = StopConfig()
+    cluster: LocalCluster | SlurmCluster
+    model: ModelConfig
+    train: TrainConfig
+    dist: DistConfig
+    data: DataConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+
+
+CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
+
+
+def backend(config: RunConfig) -> Literal["local", "slurm"]:
+    """The name of the backend that ``config.cluster`` is for."""
+    return "slurm" if isinstance(config.cluster, SlurmCluster) else "local"
+
+
+def world_size(config: RunConfig) -> int:
+    """Number of ranks over all nodes."""
+    return config.cluster.nodes * config.cluster.ranks_per_node
+
+
+def warning_seconds(config: RunConfig) -> int:
+    """Seconds before a SLURM time limit at which the scheduler warns the job, so that it saves and is requeued."""
+    if isinstance(config.cluster, SlurmCluster) and config.cluster.signal_s is not None:
+        return config.cluster.signal_s
+    return math.ceil(config.checkpoint.save_seconds) + 90
+
+
+def time_limit_seconds(text: str | None) -> int | None:
+    """A time limit as sbatch reads it, in seconds; ``None`` for no limit of the run's own.
+
+    Forms: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes``,
+    ``days-hours:minutes:seconds``, ``UNLIMITED``. Raises :class:`ValueError` for anything else.
+    """
+    if text is None or text.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise ValueError(text)
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = 0, *[*numbers, 0][:2]
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise ValueError(text)
+    return total
