@@ -1,0 +1,21 @@
+"""Where runs are carried out. A backend is loaded when it is first asked for."""
+
+from __future__ import annotations
+
+from llmops.backends.base import Backend
+from llmops.errors import UserError
+
+NAMES = ("local", "slurm")
+
+
+def load(name: str) -> Backend:
+    """The backend called ``name``."""
+    if name == "local":
+        from llmops.backends.local import LocalBackend
+
+        return LocalBackend()
+    if name == "slurm":
+        from llmops.backends.slurm import SlurmBackend
+
+        return SlurmBackend()
+    raise UserError(f"unknown backend {name!r}; choose one of: {', '.join(NAMES)}")

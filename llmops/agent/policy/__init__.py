@@ -1,0 +1,1 @@
+"""What happens after an attempt: one pure function per backend."""

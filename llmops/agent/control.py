@@ -1,0 +1,55 @@
+"""The control directory, from the supervisor's side: node-local files that ranks poll and write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from typing import Any
+
+
+class ControlDir:
+    """One attempt's control directory on one node."""
+
+    def __init__(self, run_id: str, attempt: int, node: int) -> None:
+        self.path = tempfile.mkdtemp(prefix=f"llmops-{run_id}-{attempt:04d}-{node}-")
+
+    def request_stop(self, cause: str, deadline: float) -> None:
+        """Write the stop request. ``deadline`` is in epoch seconds; a second request changes nothing."""
+        target = os.path.join(self.path, "stop")
+        if os.path.exists(target):
+            return
+        aside = target + ".tmp"
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump({"cause": cause, "deadline": deadline}, file)
+        os.replace(aside, target)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            with open(os.path.join(self.path, name), encoding="utf-8") as file:
+                value = json.load(file)
+        except (FileNotFoundError, ValueError):
+            # A program that takes part in a few lines of shell may be caught in the middle of a write: no news.
+            return None
+        return value if isinstance(value, dict) else None
+
+    def heartbeat(self, rank: int) -> dict[str, Any] | None:
+        """The newest heartbeat of ``rank``: step, first_step, phase, time. None before the first."""
+        return self._read(f"heartbeat.{rank}")
+
+    def heartbeat_age(self, rank: int) -> float | None:
+        """Seconds since ``rank`` last wrote its heartbeat, or None before the first."""
+        try:
+            return time.time() - os.stat(os.path.join(self.path, f"heartbeat.{rank}")).st_mtime
+        except FileNotFoundError:
+            return None
+
+    def stopped(self, rank: int) -> dict[str, Any] | None:
+        """The marker with which ``rank`` says that its state is saved, or None."""
+        return self._read(f"stopped.{rank}")
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.path, ignore_errors=True)

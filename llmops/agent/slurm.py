@@ -1,0 +1,126 @@
+"""The supervisor inside a SLURM allocation.
+
+Node agents are the tasks of one ``srun``, and the batch host decides what comes next.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from typing import Any
+
+from llmops.agent import scontrol
+from llmops.agent.coordinator import StopRequest, log
+from llmops.agent.policy.common import Decision, Outcome
+from llmops.agent.policy.slurm import decide, stop_deadline
+from llmops.agent.supervise import Supervisor
+
+
+class SlurmSupervisor(Supervisor):
+    """One SLURM job's supervisor, on its batch host."""
+
+    def __init__(self, run: str, submission: int) -> None:
+        env = os.environ
+        self.ref = scontrol.job_ref(dict(env))
+        self.restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
+        hosts = scontrol.host_names(env.get("SLURM_JOB_NODELIST", env.get("SLURMD_NODENAME", "localhost")))
+        address = scontrol.node_address(env["SLURMD_NODENAME"]) if len(hosts) > 1 else "127.0.0.1"
+        super().__init__(run, submission, self.ref, self.restarts, hosts, address)
+        self.options: dict[str, Any] = self.spec["options"]
+        self.warning_s = float(self.options["signal_s"])
+        self.job = scontrol.show_job(self.ref)
+        self.kill_wait_s, self.grace_s = scontrol.kill_wait(env.get("SLURM_JOB_PARTITION", ""))
+        self._warned = False
+
+    def launch(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start one node agent a node. ``srun`` gets no signal of ours: it would forward it."""
+        nodes = str(self.spec["nodes"])
+        command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+        command += ["--export=ALL", "--input=none", *self.options["srun_args"], *self.options["wrap"]]
+        command += [self.spec["python"], sys.argv[0], "node"]
+        return subprocess.Popen(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def on_signal(self, name: str) -> StopRequest | None:
+        """A signal's meaning is not in its name: ask the controller how much time there is."""
+        self.job = scontrol.show_job(self.ref, patience_s=3)
+        asked = name != "SIGTERM"
+        save_s = float(self.spec["stop"]["save_s"])
+        deadline = stop_deadline(self.job, self.kill_wait_s, self.grace_s, asked, save_s, time.time())
+        return self.cancel_request(deadline) or StopRequest(name, deadline)
+
+    def poll(self) -> StopRequest | None:
+        """Cancellations, and the time limit, should its warning not have come."""
+        now = time.time()
+        end = self.job.end_time
+        if end is not None and not self._warned and now > end - self.warning_s:
+            self._warned = True
+            return StopRequest("time limit", max(end - 5.0, now + 1))
+        return super().poll()
+
+    def decide(self, outcome: Outcome) -> Decision:
+        """Ask the policy, with what the controller says now."""
+        self.job = scontrol.show_job(self.ref)
+        return decide(
+            outcome,
+            self.job,
+            self.restarts,
+            self.cancelled(),
+            self.history(outcome),
+            self.spec["retry"],
+            time.time(),
+            self.warning_s,
+        )
+
+    def act(self, decision: Decision) -> int:
+        """Requeue, or only cut the wait of a requeue that is under way already."""
+        if decision.action == "requeue":
+            refused = scontrol.requeue(self.ref)
+            if refused:
+                log(f"requeue was refused ({refused}); queueing a successor")
+                return self.succeed()
+        if decision.action in ("requeue", "kick") and not scontrol.cut_wait(
+            self.ref, int(self.options["requeue_delay_s"])
+        ):
+            log("the wait before the requeued job starts could not be cut; it will start when SLURM lets it")
+        return decision.exit_code
+
+    def succeed(self) -> int:
+        """Queue a successor: a new submission of the same script that waits for this job to end."""
+        number = self.submission + 1
+        tag = f"{self.spec['tag'].rsplit('.', 1)[0]}.{uuid.uuid4().hex[:8]}"
+        record = {
+            "number": number,
+            "tag": tag,
+            "backend": "slurm",
+            "created": time.time(),
+            "successor_of": self.submission,
+        }
+        spec = {**self.spec, "submission": number, "tag": tag}
+        folder = f"job/{number:04d}"
+        before = self.rundir.get(f"{self.folder}/submission.json") or {}
+        if not self.rundir.create(f"{folder}/submission.json", {**before, **record}):
+            log("somebody resumed the run already")
+            return 0
+        self.rundir.create(f"{folder}/spec.json", spec)
+        script = self.rundir.path(f"job/{int(self.options.get('script_of', self.submission)):04d}/sbatch.sh")
+        job_id = scontrol.submit_successor(script, tag, self.ref, number)
+        if job_id is None:
+            self.rundir.create(
+                f"{folder}/failed.json", {"error": "the controller refused a successor", "time": time.time()}
+            )
+            log("the controller refused a successor: run `llmops resume` to go on")
+            return 1
+        self.rundir.create(f"{folder}/job.json", {"job_id": job_id, "by": "job", "time": time.time()})
+        log(f"successor {job_id} queued")
+        return 0
+
+
+def main(run: str, submission: int) -> int:
+    """Entry point of ``agent.pyz slurm``, run by the batch script."""
+    supervisor = SlurmSupervisor(run, submission)
+    return supervisor.run(supervisor.launch, supervisor.on_signal, supervisor.poll, supervisor.decide, supervisor.act)

@@ -1,0 +1,140 @@
+"""The life of a job's supervisor: may it run, then attempt after attempt until the policy says otherwise."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llmops.agent import attempts
+from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest, log
+from llmops.agent.policy.common import Decision, Outcome
+from llmops.agent.rundir import RunDir
+from llmops.agent.signals import STOP_SIGNALS, SignalPipe
+
+INTENT_POLL_S = 3.0
+
+
+class Supervisor:
+    """What all backends' supervisors share.
+
+    A backend adds how agents start, what a signal means and what comes next.
+    """
+
+    def __init__(self, run: str, submission: int, job_id: str, restart: int, hosts: list[str], address: str) -> None:
+        self.rundir = RunDir(run)
+        self.folder = f"job/{submission:04d}"
+        spec = self.rundir.get(f"{self.folder}/spec.json")
+        if spec is None:
+            raise FileNotFoundError(f"{self.rundir.path(self.folder)}/spec.json is not there")
+        self.spec: dict[str, Any] = spec
+        self.submission, self.job_id, self.restart, self.hosts = submission, job_id, restart, hosts
+        self.address = address
+        self._polled = 0.0
+
+    def may_run(self) -> str | None:
+        """None when this job may claim attempts of the run, else why not.
+
+        A submission that timed out may have been accepted twice; the first job to register is the only one that runs.
+        A later
+        submission supersedes all before it.
+        """
+        mine = {"job_id": self.job_id, "by": "job", "time": time.time()}
+        if not self.rundir.create(f"{self.folder}/job.json", mine):
+            holder = (self.rundir.get(f"{self.folder}/job.json") or {}).get("job_id")
+            if holder != self.job_id:
+                return f"job {holder} runs this submission already; {self.job_id} is a duplicate"
+        if self.rundir.exists(f"{self.folder}/failed.json"):
+            return "this submission was given up"
+        later = [name for name in self.rundir.list("job") if name.isdigit() and int(name) > self.submission]
+        if later:
+            return f"superseded by submission {max(later)}"
+        if self.cancelled():
+            return "the run was cancelled"
+        return None
+
+    def cancelled(self) -> bool:
+        """Whether somebody asked for the run to end. Durable: no signal can take it back."""
+        return self.rundir.exists(f"{self.folder}/intent.json")
+
+    def cancel_request(self, deadline: float) -> StopRequest | None:
+        """The stop request that a cancellation calls for, or None when there is no cancellation."""
+        intent = self.rundir.get(f"{self.folder}/intent.json")
+        if intent is None:
+            return None
+        graceful = bool(intent.get("graceful"))
+        return StopRequest("cancel", deadline if graceful else time.time(), abort=not graceful)
+
+    def poll(self) -> StopRequest | None:
+        """A cancellation that no signal announced, looked for every few seconds."""
+        if time.monotonic() - self._polled < INTENT_POLL_S:
+            return None
+        self._polled = time.monotonic()
+        return self.cancel_request(time.time() + float(self.spec["stop"]["local_grace_s"]))
+
+    def run(
+        self,
+        launch: Launcher,
+        on_signal: Callable[[str], StopRequest | None],
+        poll: Callable[[], StopRequest | None],
+        decide: Callable[[Outcome], Decision],
+        act: Callable[[Decision], int],
+    ) -> int:
+        """Run attempts until ``decide`` wants something else than another one here; then ``act`` on it."""
+        signals = SignalPipe(STOP_SIGNALS)
+        refusal = self.may_run()
+        if refusal:
+            log(f"nothing to do: {refusal}")
+            return 0
+        rendezvous = Rendezvous(self.address)
+        while True:
+            record = attempts.claim(self.rundir, self.submission, self.job_id, self.restart, self.hosts)
+            number = record["number"]
+            log(f"attempt {number} on {','.join(self.hosts)}, from {record['resume_from'] or 'scratch'}")
+            outcome = Coordinator(self.spec, record, rendezvous, signals, on_signal, poll).run(launch)
+            decision = decide(outcome)
+            self._record_end(number, outcome, decision)
+            log(f"attempt {number} ended: {decision.reason}; next: {decision.action} {decision.detail}".rstrip())
+            if decision.action != "again":
+                return act(decision)
+            if not self._back_off(decision.delay_s, signals):
+                return 0
+
+    def history(self, outcome: Outcome) -> attempts.History:
+        """The failures so far, the attempt that just ended included (it has no end record yet and so counts as failed)."""
+        return attempts.history(self.rundir, self.submission)
+
+    def _record_end(self, number: int, outcome: Outcome, decision: Decision) -> None:
+        self.rundir.create(
+            f"attempts/{number:04d}/end.json",
+            {
+                "time": time.time(),
+                "reason": decision.reason,
+                "next": decision.next,
+                "exit_codes": outcome.exit_codes,
+                "first_step": outcome.first_step,
+                "last_step": outcome.last_step,
+                "saved": outcome.saved,
+                "error": outcome.error,
+                "failed_rank": outcome.failed_rank,
+                "failed_host": outcome.failed_host,
+                "stop": outcome.stop,
+                "detail": decision.detail,
+            },
+        )
+
+    def _back_off(self, delay_s: float, signals: SignalPipe) -> bool:
+        """Wait before the next attempt; False when the run was cancelled meanwhile. A signal ends the wait."""
+        deadline = time.monotonic() + delay_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(signals, selectors.EVENT_READ)
+            while not self.cancelled():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return True
+                if selector.select(min(left, INTENT_POLL_S)):
+                    signals.read()
+                    return not self.cancelled()
+        log("cancelled while waiting for the next attempt")
+        return False

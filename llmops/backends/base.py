@@ -1,0 +1,56 @@
+"""The verbs of a backend. Each backend is one module with these functions in a class; none imports another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmops.job import JobSpec, JobView
+
+
+class Rejected(Exception):
+    """The scheduler refused the job for good: there is none, and sending the same again would not help."""
+
+
+class Ambiguous(Exception):
+    """The scheduler did not answer in time: there may be a job, now or later. It must not be sent again."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is handed to the scheduler: files of the run directory, which the jobs reach by the same path."""
+
+    spec: JobSpec
+    run_dir: Path
+    agent: Path
+    folder: Path  # job/NNNN of this submission
+    hidden_env: Sequence[str]  # names that must not be inherited: the values of secrets travel by file
+
+
+class Backend(Protocol):
+    """Where jobs run."""
+
+    name: str
+
+    def check(self, cluster: Any, run_dir: str) -> None:
+        """Refuse, before anything is written, what the scheduler would refuse or leave pending for ever."""
+
+    def options(self, cluster: Any, spec_values: Mapping[str, Any]) -> dict[str, Any]:
+        """The backend's own part of ``JobSpec.options``."""
+
+    def render(self, cluster: Any, spec: JobSpec, run_dir: Path, agent: Path) -> str:
+        """The text that will be submitted."""
+
+    def submit(self, submission: Submission) -> str:
+        """Submit and return the job id. Raises :class:`Rejected` or :class:`Ambiguous`."""
+
+    def find(self, spec_tag: str) -> list[str]:
+        """Ids of the jobs that carry this tag."""
+
+    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
+        """Views of any number of jobs with at most one query of each kind."""
+
+    def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
+        """Ask for the jobs to end; their intent is recorded already."""

@@ -1,0 +1,110 @@
+"""This machine: the supervisor is a process of its own, detached from the terminal that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmops.agent.local import start_ticks
+from llmops.backends.base import Rejected, Submission
+from llmops.errors import UserError
+from llmops.job import JobSpec, JobView
+
+TAG = "LLMOPS_TAG"
+
+
+class LocalBackend:
+    """Processes on this machine. A job id is ``host:pid:start``, which no later process can have."""
+
+    name = "local"
+
+    def check(self, cluster: Any, run_dir: str) -> None:
+        """One node there is, and a Python to start the ranks with."""
+        if cluster.nodes != 1:
+            raise UserError(
+                f"cluster.nodes={cluster.nodes}: the local backend has one node; set cluster.ranks_per_node instead"
+            )
+
+    def options(self, cluster: Any, spec_values: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def render(self, cluster: Any, spec: JobSpec, run_dir: Path, agent: Path) -> str:
+        """The command line of the supervisor."""
+        return shlex.join(self._command(spec, run_dir, agent)) + "\n"
+
+    def _command(self, spec: JobSpec, run_dir: Path, agent: Path) -> list[str]:
+        return [spec.python, str(agent), "local", "--run", str(run_dir), "--submission", str(spec.submission)]
+
+    def submit(self, submission: Submission) -> str:
+        """Start the supervisor in a session of its own."""
+        spec = submission.spec
+        env = {name: value for name, value in os.environ.items() if name not in submission.hidden_env}
+        with (submission.folder / "supervisor.log").open("ab") as log:
+            try:
+                process = subprocess.Popen(
+                    self._command(spec, submission.run_dir, submission.agent),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=submission.run_dir,
+                    env={**env, TAG: spec.tag},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise Rejected(f"cluster.python={spec.python} cannot be started: {error.strerror}") from error
+        # Nobody waits for it here: the supervisor outlives the launcher.
+        process.returncode = 0
+        return f"{socket.gethostname()}:{process.pid}:{start_ticks(process.pid)}"
+
+    def find(self, spec_tag: str) -> list[str]:
+        """The supervisor whose environment carries the tag; its agents and ranks inherit it, hence only the oldest."""
+        needle = f"{TAG}={spec_tag}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                if needle in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((start_ticks(int(entry.name)), int(entry.name)))
+        return [f"{socket.gethostname()}:{pid}:{ticks}" for ticks, pid in sorted(found)[:1]]
+
+    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
+        """Running, or gone."""
+        return {job_id: self._describe(job_id) for job_id in job_ids}
+
+    def _describe(self, job_id: str) -> JobView:
+        host, pid = _parse(job_id)
+        if host != socket.gethostname():
+            return JobView(job_id, "unreachable", f"it runs on {host}; ask there")
+        return JobView(job_id, "running") if pid else JobView(job_id, "gone", "its supervisor is no longer there")
+
+    def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
+        """Wake the supervisors: they read the intent and stop, gracefully or at once."""
+        for job_id in job_ids:
+            host, pid = _parse(job_id)
+            if host != socket.gethostname():
+                raise UserError(f"{job_id} runs on {host}: cancel it there")
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+
+def _parse(job_id: str) -> tuple[str, int | None]:
+    """Host and pid of a job id; the pid is None when that process is gone."""
+    host, pid, ticks = job_id.rsplit(":", 2)
+    if host != socket.gethostname():
+        return host, None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+    except OSError:
+        return host, None
+    alive = stat[19] == ticks and stat[0] != "Z"
+    return host, int(pid) if alive else None

@@ -1,0 +1,56 @@
+"""From a JobSpec and a template to the text that is submitted. Every value is quoted by construction."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmops.errors import UserError
+from llmops.resources import templates_dir
+
+
+def sbatch_value(value: object) -> str:
+    """Quote one value for an ``#SBATCH`` line.
+
+    sbatch groups by double quotes and takes a backslash as an escape inside them; nothing is expanded, but an unquoted ``#``
+    starts a comment. A line break would end the directive and cannot be quoted at all. (Source: slurm_opt.c, tags 22.05-26.05.)
+    """
+    text = str(value)
+    if any(character in text for character in "\n\r\0"):
+        raise UserError(f"a line break or NUL cannot be passed to sbatch: {text!r}; remove it")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def sbatch_options(options: Mapping[str, object]) -> list[str]:
+    """``--name="value"`` for each option; True gives the bare flag, None and False give nothing."""
+    lines = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        lines.append(f"--{name}" if value is True else f"--{name}={sbatch_value(value)}")
+    return lines
+
+
+def render_template(name: str, override: str | None, values: Mapping[str, Any]) -> str:
+    """Fill the template ``name``, or the user's own at ``override``. A name that the template does not know is an error."""
+    import jinja2
+
+    path = Path(override).expanduser() if override else templates_dir() / name
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  (shell, not HTML: values pass through the filters below)
+    )
+    environment.filters["shell"] = lambda value: shlex.quote(str(value))
+    environment.filters["sbatch"] = sbatch_value
+    try:
+        return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+    except OSError as error:
+        raise UserError(f"cluster.template={override}: cannot be read ({error.strerror}); correct the path") from error
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(f"{path}{f':{line}' if line else ''}: {error}; correct the template") from error
