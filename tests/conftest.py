@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -14,8 +15,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llmops.runs.records import Run, RunRecord, create_run, load_run, register_job
+from llmops.runs.store import Store
 
 S3_READY_S = 40.0
 BUCKET = "runs"
@@ -108,3 +113,96 @@ def s3_url(s3_server: str) -> str:
 def memory_url() -> str:
     """An empty prefix of fsspec's in-process store."""
     return f"memory://{secrets.token_hex(4)}/runs"
+
+
+@pytest.fixture
+def dead_port() -> int:
+    """A loopback port on which nobody listens."""
+    return free_ports(1)[0]
+
+
+class RunMaker:
+    """Writes run directories as the launcher, the supervisor and the trainer would."""
+
+    def __init__(self, runs_url: str) -> None:
+        self.runs_url = runs_url
+        self.count = 0
+
+    def __call__(self, name: str = "tiny", **changes: Any) -> MadeRun:
+        """A run with ``run.json`` and nothing else."""
+        self.count += 1
+        fields: dict[str, Any] = {
+            "id": f"20260131-1200{self.count:02d}-{name.lower()}-aaaa",
+            "name": name,
+            "owner": "ada",
+            "host": "login1",
+            "created": 1_770_000_000.0 + self.count,
+            "backend": "slurm",
+            "kind": "llm",
+            "command": ["python", "-m", "llm.train"],
+            "nodes": 2,
+            "ranks_per_node": 2,
+            "max_steps": 100,
+        }
+        return MadeRun(create_run(self.runs_url, RunRecord(**{**fields, **changes}), b"train: {}\n"))
+
+
+class MadeRun:
+    """One run directory; each method writes one more thing into it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def load(self) -> Run:
+        return load_run(self.store)
+
+    def put(self, path: str, value: dict[str, Any]) -> None:
+        self.store.put(path, json.dumps(value).encode())
+
+    def submission(self, number: int = 0, job_id: str | None = "100", backend: str = "slurm") -> None:
+        record = {"number": number, "tag": f"tag-{number}", "backend": backend, "created": 1_770_000_000.0}
+        self.put(f"job/{number:04d}/submission.json", record)
+        if job_id:
+            register_job(self.store, number, job_id, "launcher")
+
+    def start(self, number: int, resume: str | None = None, **changes: Any) -> None:
+        record: dict[str, Any] = {
+            "number": number,
+            "submission": 0,
+            "job_id": "100",
+            "restart": number,
+            "hosts": ["n1", "n2"],
+            "time": 1_770_000_000.0 + 1000 * number,
+            "resume_from": resume,
+            "resume_step": int(resume.split("/")[1].removeprefix("step_")) if resume else 0,
+        }
+        self.put(f"attempts/{number:04d}/start.json", {**record, **changes})
+
+    def end(self, number: int, reason: str, then: str = "end", **changes: Any) -> None:
+        record: dict[str, Any] = {
+            "time": 1_770_000_500.0 + 1000 * number,
+            "reason": reason,
+            "next": then,
+            "exit_codes": {"0": 0},
+            "first_step": None,
+            "last_step": None,
+            "error": None,
+            "failed_rank": None,
+            "failed_host": None,
+            "stop": None,
+            "detail": "",
+        }
+        self.put(f"attempts/{number:04d}/end.json", {**record, **changes})
+
+    def metrics(self, attempt: int, steps: range | list[int], part: int = 0, **more: Any) -> None:
+        lines = [json.dumps({"step": step, "loss": 10 / step + attempt, **more}) for step in steps]
+        self.store.put(f"metrics/{attempt:04d}/{part:06d}.jsonl", "".join(line + "\n" for line in lines).encode())
+
+    def log(self, attempt: int, rank: int, text: str, node: str = "n1", part: int = 0) -> None:
+        self.store.put(f"logs/{attempt:04d}/{node}/rank{rank}.{part:06d}.log", text.encode())
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> RunMaker:
+    """Makes run directories below ``tmp_path/runs``."""
+    return RunMaker(str(tmp_path / "runs"))

@@ -266,13 +266,11 @@ def test_a_put_sent_twice_recognises_itself() -> None:
     assert not store.create("x", b"same bytes")
 
 
-def test_an_unreachable_store_is_one_line(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_one_line(s3_server: str, dead_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
-    from tests.conftest import free_ports
-
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(ClusterError, match="s3://bucket/runs: the store did not answer") as caught:
         open_store("s3://bucket/runs").list()

@@ -1,0 +1,267 @@
+"""Reads and writes run directories. The only module of the launcher that knows their paths.
+
+Readers never fail on one run: what is missing or damaged ends up in ``Run.problems``.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from llmops import __version__
+from llmops.errors import UserError
+from llmops.runs.model import (
+    FORMAT,
+    Attempt,
+    AttemptEnd,
+    AttemptStart,
+    Code,
+    Failed,
+    Intent,
+    JobRecord,
+    Run,
+    RunRecord,
+    Stop,
+    Submission,
+    SubmissionRecord,
+)
+from llmops.runs.store import Store, open_store
+
+__all__ = [
+    "Attempt",
+    "AttemptEnd",
+    "AttemptStart",
+    "Code",
+    "Failed",
+    "Intent",
+    "JobRecord",
+    "Run",
+    "RunRecord",
+    "Stop",
+    "Submission",
+    "SubmissionRecord",
+    "create_run",
+    "find_run",
+    "list_runs",
+    "load_run",
+    "new_run_id",
+    "next_submission",
+    "register_job",
+    "whoami",
+    "write_failed",
+    "write_intent",
+    "write_run",
+    "write_submission",
+]
+
+_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
+_RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}")
+_NUMBER = re.compile(r"\d{4,}")
+
+
+# Writing
+
+
+def new_run_id(name: str, now: float) -> str:
+    """``20260131-235959-my-name-k3x7`` in UTC; ids of one name sort by time."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"
+    token = "".join(secrets.choice(_BASE32) for _ in range(4))
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{slug}-{token}"
+
+
+def create_run(runs_url: str, record: RunRecord, config: bytes) -> Store:
+    """Make the run directory: ``config.yaml``, then ``run.json``. Raises ``UserError`` when the id is taken."""
+    store = open_store(runs_url).sub(record.id)
+    if not store.create("config.yaml", config) or not write_run(store, record):
+        raise UserError(f"{store.url} exists already; runs are never overwritten")
+    return store
+
+
+def whoami() -> tuple[str, str]:
+    """Owner and host for a new record."""
+    try:
+        owner = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in many containers
+        owner = "unknown"
+    return owner, socket.gethostname()
+
+
+def write_run(store: Store, record: RunRecord) -> bool:
+    """False when there is one."""
+    return store.create("run.json", _encode(record))
+
+
+def write_submission(store: Store, record: SubmissionRecord) -> bool:
+    """Claim the submission's number. False when another launcher has it."""
+    return store.create(f"{_submission(record.number)}/submission.json", _encode(record))
+
+
+def next_submission(store: Store) -> int:
+    """The number to claim next. Another launcher may be faster: ``write_submission`` tells."""
+    return max((int(name) for name in store.list("job") if _NUMBER.fullmatch(name)), default=-1) + 1
+
+
+def register_job(store: Store, submission: int, job_id: str, by: Literal["launcher", "job"]) -> bool:
+    """Record the one job that may run the submission. True when it is this one, whoever recorded it first."""
+    path = f"{_submission(submission)}/job.json"
+    if store.create(path, _encode(JobRecord(job_id=job_id, by=by, time=time.time()))):
+        return True
+    try:
+        return msgspec.json.decode(store.get(path), type=JobRecord).job_id == job_id
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{store.url}/{path} is damaged: {error}") from error
+
+
+def write_failed(store: Store, submission: int, error: str) -> bool:
+    """The scheduler refused it. False when that was recorded before."""
+    return store.create(f"{_submission(submission)}/failed.json", _encode(Failed(error=error, time=time.time())))
+
+
+def write_intent(store: Store, submission: int, graceful: bool, by: str) -> bool:
+    """The submission must not run again. False when that was recorded before: the first one counts."""
+    intent = Intent(graceful=graceful, by=by, time=time.time())
+    return store.create(f"{_submission(submission)}/intent.json", _encode(intent))
+
+
+def _submission(number: int) -> str:
+    return f"job/{number:04d}"
+
+
+def _encode(record: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+# Reading
+
+_Record = TypeVar("_Record")
+_Result = TypeVar("_Result")
+
+
+class _Reader:
+    """Reads JSON objects of one run and remembers what is wrong with them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.problems: list[str] = []
+
+    def read(self, path: str, kind: type[_Record]) -> _Record | None:
+        try:
+            return msgspec.json.decode(self.store.get(path), type=kind)
+        except FileNotFoundError:
+            self.problems.append(f"{path} is missing")
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self.problems.append(f"{path}: {error}")
+        return None
+
+    def submission(self, name: str) -> Submission | None:
+        folder = f"job/{name}"
+        names = self.store.list(folder)
+        if not names:
+            return None  # a launcher is about to claim the number
+        record = self.read(f"{folder}/submission.json", SubmissionRecord)
+        if record is None:
+            return None
+        if record.number != int(name):
+            self.problems.append(f"{folder}/submission.json says it is number {record.number}")
+            return None
+        return Submission(
+            record,
+            self.read(f"{folder}/job.json", JobRecord) if "job.json" in names else None,
+            self.read(f"{folder}/failed.json", Failed) if "failed.json" in names else None,
+            self.read(f"{folder}/intent.json", Intent) if "intent.json" in names else None,
+        )
+
+    def attempt(self, name: str) -> Attempt | None:
+        folder = f"attempts/{name}"
+        names = self.store.list(folder)
+        if not names:
+            return None  # an attempt is claimed by its start.json; the folder alone is a claim under way
+        start = self.read(f"{folder}/start.json", AttemptStart)
+        if start is None:
+            return None
+        if start.number != int(name):
+            self.problems.append(f"{folder}/start.json says it is number {start.number}")
+            return None
+        return Attempt(start, self.read(f"{folder}/end.json", AttemptEnd) if "end.json" in names else None)
+
+
+def load_run(store: Store) -> Run:
+    """Read a run directory. A directory without ``run.json`` gives a ``Run`` with ``record=None`` and its problem."""
+    reader = _Reader(store)
+    run_id = store.url.rstrip("/").rsplit("/", 1)[-1]
+    record = reader.read("run.json", RunRecord)
+    if record is None and reader.problems == ["run.json is missing"]:
+        reader.problems = ["run.json is missing: the launcher died while it created the run, or this is not a run"]
+    if record and record.format > FORMAT:
+        reader.problems.append(
+            f"run.json: format {record.format} is newer than this llmops ({__version__}) understands"
+        )
+    if record and record.id != run_id:
+        reader.problems.append(f"run.json says that this is run {record.id}; the directory was renamed or copied")
+    submissions = [reader.submission(name) for name in store.list("job") if _NUMBER.fullmatch(name)]
+    attempts = [reader.attempt(name) for name in store.list("attempts") if _NUMBER.fullmatch(name)]
+    return Run(
+        store,
+        run_id,
+        record,
+        sorted((each for each in submissions if each), key=lambda each: each.number),
+        sorted((each for each in attempts if each), key=lambda each: each.number),
+        reader.problems,
+    )
+
+
+def list_runs(runs_url: str) -> list[Run]:
+    """All runs, oldest first. Directories whose name is no run id are not runs."""
+    store = open_store(runs_url)
+    return _each(store, _ids(store), lambda run_id: load_run(store.sub(run_id)))
+
+
+def find_run(runs_url: str, ref: str) -> Run:
+    """The run that ``ref`` means: an id, else a name, else the beginning of one id or name.
+
+    Raises ``UserError`` when there is none, or more than one.
+    """
+    store = open_store(runs_url)
+    ids = _ids(store)
+    if ref in ids:
+        return load_run(store.sub(ref))
+    names = dict(zip(ids, _each(store, ids, lambda run_id: _name(store, run_id)), strict=True))
+    for matching in (
+        [run_id for run_id, name in names.items() if name == ref],
+        [run_id for run_id, name in names.items() if ref and (run_id.startswith(ref) or name.startswith(ref))],
+    ):
+        if len(matching) == 1:
+            return load_run(store.sub(matching[0]))
+        if matching:
+            shown = ", ".join(matching[-8:]) + (" (the newest 8)" if len(matching) > 8 else "")
+            raise UserError(f"{ref!r} means {len(matching)} runs in {store.url}; use an id: {shown}")
+    if not ids:
+        raise UserError(f"there is no run {ref!r}: {store.url} holds no runs (set LLMOPS_RUNS_URL to look elsewhere)")
+    close = get_close_matches(ref, {*names, *names.values()}, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; `llmops status` lists them"
+    raise UserError(f"there is no run {ref!r} in {store.url}{hint}")
+
+
+def _ids(store: Store) -> list[str]:
+    return [name for name in store.list() if _RUN_ID.fullmatch(name)]
+
+
+def _name(store: Store, run_id: str) -> str:
+    record = _Reader(store.sub(run_id)).read("run.json", RunRecord)
+    return record.name if record else run_id
+
+
+def _each(store: Store, ids: list[str], read: Callable[[str], _Result]) -> list[_Result]:
+    if store.local_path is not None:
+        return [read(run_id) for run_id in ids]
+    with ThreadPoolExecutor(16) as pool:  # each object costs a round trip
+        return list(pool.map(read, ids))
