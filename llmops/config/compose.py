@@ -1,0 +1,161 @@
+"""Overrides and YAML files to one typed, checked configuration. Composed once and remembered; no job recomposes it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import llm.utils.config
+from llmops import __version__
+from llmops.config import cache, errors, groups, rules, schema
+from llmops.config import overrides as override_text
+from llmops.config.schema import RunConfig
+from llmops.errors import UserError
+
+# Numbers that people write for text: minutes and MB.
+_NUMBER_AS_TEXT = ("time", "mem", "mem_per_cpu")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A configuration as a value, as the text of ``config.yaml``, and as plain data in the same order."""
+
+    config: RunConfig
+    yaml_text: str
+    data: dict[str, Any]
+
+
+def load_config(overrides: Sequence[str] = (), config_dir: Path | None = None) -> Composed:
+    """Compose, check and type a run's configuration.
+
+    ``overrides`` are Hydra's (``group=option``, ``key=value``); ``config_dir`` holds further groups of the user's own.
+    Raises :class:`UserError` for anything that cannot work.
+    """
+    override_text.check_text(overrides)
+    files = groups.read(config_dir)
+    key = cache.digest(_dependencies(files), overrides)
+    known = cache.load(key)
+    if known is not None:
+        data, text = known
+        return Composed(msgspec.convert(data, RunConfig), text, data)
+    raw, pure = _compose(files, overrides)
+    try:
+        config = msgspec.convert(raw, RunConfig)
+    except msgspec.ValidationError as error:
+        raise errors.from_validation(error, raw, files, overrides) from error
+    rules.check(config)
+    data = msgspec.to_builtins(config)
+    text = _yaml(data)
+    if pure:
+        cache.save(key, data, text)
+    return Composed(config, text, data)
+
+
+def compose(overrides: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
+    """The checked configuration as plain data, every key present, in the order of the schema."""
+    return load_config(overrides, config_dir).data
+
+
+def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
+    """Everything that decides what a composition gives, besides its overrides."""
+    yield "llmops", __version__.encode()
+    for module in (schema, rules, override_text, llm.utils.config):
+        yield module.__name__, Path(str(module.__file__)).read_bytes()
+    for package, version_file in (("hydra", "__init__.py"), ("omegaconf", "version.py")):
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"the package {package} is missing: install llmops again, with its dependencies")
+        yield package, Path(spec.origin).with_name(version_file).read_bytes()
+    for file in files.files:
+        own = file.path.parents[file.name.count("/")] != files.folders[0]
+        yield f"{'own' if own else 'shipped'}/{file.name}", file.content
+
+
+def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """Composed plain data with interpolations resolved, and whether only files and overrides decided it."""
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups.check_yaml(files)
+    arguments = override_text.as_typed(overrides, errors.text_keys())
+    if len(files.folders) > 1:
+        arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
+    cluster = None
+    try:
+        composed = _hydra(files.folders[0], arguments)
+        raw = OmegaConf.to_container(composed, resolve=False)
+        called = list(_check_resolvers(raw))
+        data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if "cluster." in str(error):
+            cluster = next(
+                (text.split("=", 1)[1] for text in reversed(overrides) if text.startswith("cluster=")), "local"
+            )
+        raise errors.from_hydra(error, files, overrides, cluster) from error
+    if not isinstance(data, dict):
+        raise UserError(f"{files.folders[0]}/config.yaml: not a mapping of keys")
+    section = data.get("cluster")
+    if isinstance(section, dict):
+        for key in _NUMBER_AS_TEXT:
+            if type(section.get(key)) is int:
+                section[key] = str(section[key])
+    pure = not called and files.pure() and not any("../" in text for text in overrides)
+    return {str(key): value for key, value in data.items()}, pure
+
+
+def _hydra(folder: Path, arguments: list[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with _own_plugins_only(), initialize_config_dir(str(folder), version_base="1.3"):
+        return hydra_compose("config", arguments)
+
+
+@contextmanager
+def _own_plugins_only() -> Iterator[None]:
+    """Keep Hydra from importing every launcher and sweeper that is installed, seconds for some: composing uses none."""
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    if Plugins in Singleton._instances or "hydra_plugins" in sys.modules:
+        yield  # the process uses Hydra itself, and has them
+        return
+    sys.modules["hydra_plugins"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["hydra_plugins"]
+        Singleton._instances.pop(Plugins, None)  # whoever uses Hydra next finds all of them
+
+
+def _check_resolvers(value: Any, key: str = "") -> Iterator[str]:
+    """Names of the resolvers that composed data calls. Raises :class:`UserError` for one that reads the environment."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _check_resolvers(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _check_resolvers(item, key)
+    elif isinstance(value, str):
+        for name in override_text.resolver_calls(value):
+            if name in ("oc.env", "env") or "$" in name:
+                raise UserError(
+                    f"{key}={value}: values of the environment are not written into a run; name the variable in "
+                    "secrets=[NAME], or give its value as env.NAME=value"
+                )
+            yield name
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120))

@@ -1,0 +1,195 @@
+"""What Hydra, YAML and msgspec complain about, in one line that names the key, the value, the place and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import msgspec
+
+from llmops.config.groups import Groups
+from llmops.config.overrides import key_of
+from llmops.config.schema import CLUSTERS, RunConfig
+from llmops.errors import UserError
+
+
+def schema_keys(cluster: str | None = None) -> dict[str, Any]:
+    """Type of every dotted key that may be set, sections included; of all clusters unless one is named."""
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(RunConfig):
+        if field.name != "cluster":
+            _add(found, field.name, field.type)
+    found["cluster"] = RunConfig
+    found["cluster.backend"] = str
+    for name, struct in CLUSTERS.items():
+        if cluster in (None, name):
+            for field in msgspec.structs.fields(struct):
+                _add(found, f"cluster.{field.name}", field.type)
+    return found
+
+
+def text_keys() -> set[str]:
+    """Keys whose value is one piece of free text."""
+    return {key for key, kind in schema_keys().items() if kind is str or set(get_args(kind)) == {str, type(None)}}
+
+
+def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str | None) -> UserError:
+    """The error for a key that no configuration has."""
+    shown = place(key, groups, overrides)
+    if key in schema_keys() and cluster is not None:
+        owner = next(name for name in CLUSTERS if key in schema_keys(name))
+        return UserError(
+            f"{shown}: {key} belongs to cluster={owner}, this run has cluster={cluster}; remove one of them"
+        )
+    known = schema_keys(cluster)
+    names = [*known, *groups.options()]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not close:  # the right name in the wrong section
+        leaf = key.rpartition(".")[2]
+        close = [name for name in names if name.rpartition(".")[2] == leaf][:1]
+    if close:
+        return UserError(f"{shown}: there is no key {key}; did you mean {close[0]}?")
+    section = key.rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    prefix = f"{section}." if section else ""
+    inside = [name for name in known if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
+    return UserError(f"{shown}: there is no key {key}; {section or 'a run'} has {', '.join(inside)}")
+
+
+def from_validation(
+    error: msgspec.ValidationError, data: dict[str, Any], groups: Groups, overrides: Sequence[str]
+) -> UserError:
+    """The error for composed data that does not fit the schema."""
+    text, _, path = str(error).partition(" - at `$")
+    key = path.rstrip("`").lstrip(".")
+    cluster = _cluster(data)
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
+    if unknown:
+        return unknown_key(f"{key}.{unknown[1]}".lstrip("."), groups, overrides, cluster)
+    missing = re.fullmatch(r"Object missing required field `(.*)`", text)
+    if missing:
+        name = f"{key}.{missing[1]}".lstrip(".")
+        return UserError(f"{name} has no value: give one, as {name}=...")
+    if key == "cluster.backend" or (key == "cluster" and cluster not in CLUSTERS):
+        return UserError(f"cluster.backend={cluster}: there is no such backend; choose {' or '.join(CLUSTERS)}")
+    value = _value(data, key)
+    expected = text.split(", got ")[0].replace("`", "").replace("Expected", "expected")
+    expected = _plain(expected) if text.startswith("Expected") else _choices(key, text)
+    return UserError(f"{place(key, groups, overrides)}: {key}={_show(value)} does not fit; {expected}")
+
+
+def from_hydra(error: Exception, groups: Groups, overrides: Sequence[str], cluster: str | None) -> UserError:
+    """The error for a composition that Hydra, OmegaConf or YAML refused."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        problem = " ".join(str(getattr(error, "problem", None) or "not YAML").split())
+        return UserError(f"{mark.name}:{mark.line + 1}: {problem}; the file is not valid YAML here")
+    override = getattr(error, "override", None)
+    if override is not None:
+        return UserError(_malformed(str(override)))
+    message = str(error) if str(error) else str(error.__cause__ or type(error).__name__)
+    missing = re.search(r"Could not find '([^']*)'", message) or re.search(r"Could not load '([^']*)'", message)
+    if missing:
+        return _missing(missing[1], groups, overrides)
+    refused = re.match(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", message)
+    if refused:
+        key = refused[1].split("@")[0]
+        if "No match in the defaults list" in message or "/" in key:
+            return UserError(f"{place(key, groups, overrides)}: {key} is no group that can be chosen here; remove it")
+        return unknown_key(key, groups, overrides, cluster)
+    if "Ambiguous value" in message or "requires --multirun" in message:
+        override = next((text for text in overrides if f"'{text}'" in message), message.split("'")[1])
+        return UserError(
+            f"override {override}: a run takes one value per key; write a list as key=[a,b], "
+            "text with a comma as key=\"'a,b'\""
+        )
+    mandatory = re.search(r"Missing mandatory value: (\S+)", message)
+    if mandatory:
+        return UserError(f"{mandatory[1]} has no value: give one, as {mandatory[1]}=...")
+    line = " ".join(message.split("\nSee https")[0].split())
+    full_key = getattr(error, "full_key", None)
+    at = f"{place(full_key, groups, overrides)}: " if full_key else ""
+    return UserError(f"{at}the configuration cannot be composed: {line.replace(' full_key: ', ' at ')}")
+
+
+def place(key: str, groups: Groups, overrides: Sequence[str]) -> str:
+    """Where a key is set: the override, or file and line; else the key."""
+    for override in reversed(overrides):
+        name = key_of(override)
+        if name == key or (key.startswith(f"{name}.") and name in schema_keys()):
+            return f"override {override}"
+    return groups.where(key) or key
+
+
+def _add(found: dict[str, Any], name: str, kind: Any) -> None:
+    found[name] = kind
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in msgspec.structs.fields(kind):
+            _add(found, f"{name}.{field.name}", field.type)
+
+
+def _missing(path: str, groups: Groups, overrides: Sequence[str]) -> UserError:
+    group, _, option = path.rpartition("/")
+    options = groups.options().get(group)
+    shown = place(group, groups, overrides) if group else path
+    if options is None:
+        return UserError(f"{shown}: there is no group {group}; the groups are {', '.join(groups.options())}")
+    close = difflib.get_close_matches(option, options, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return UserError(f"{shown}: group {group} has no {option}.yaml; {hint}it has {', '.join(options)}")
+
+
+def _malformed(override: str) -> str:
+    if "=" not in override:
+        return f"override {override!r} is not of the form key=value; add the = and a value"
+    key, value = override.split("=", 1)
+    if not re.fullmatch(r"[~+]{0,2}[\w/.@$-]+", key):
+        return f"override {override!r}: {key!r} is not a key; expected key=value with a dotted key such as train.lr"
+    return (
+        f"override {override!r}: the value {value!r} cannot be read; quote text with other than letters, digits and "
+        f"/-+.$%*@?|, as {key}=\"'...'\" in a shell"
+    )
+
+
+def _cluster(data: dict[str, Any]) -> str | None:
+    section = data.get("cluster")
+    return section.get("backend") if isinstance(section, dict) else None
+
+
+def _value(data: Any, key: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdigit() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            return data
+    return data
+
+
+def _choices(key: str, text: str) -> str:
+    kind = schema_keys().get(key)
+    choices = [item for item in get_args(kind) if isinstance(item, str)]
+    return f"expected {' or '.join(choices)}" if choices else text
+
+
+def _plain(expected: str) -> str:
+    words = {
+        r"\bint\b": "a whole number",
+        r"\bfloat\b": "a number",
+        r"\bstr\b": "text (quote it)",
+        r"\bbool\b": "true or false",
+        r"\bobject\b": "a section of keys",
+        r"\barray\b": "a list, as [a,b]",
+        r" \| ": " or ",
+    }
+    for pattern, word in words.items():
+        expected = re.sub(pattern, word, expected)
+    return expected
+
+
+def _show(value: Any) -> str:
+    return msgspec.json.encode(value).decode() if isinstance(value, dict | list) else str(value)

@@ -1,0 +1,116 @@
+"""Overrides on their way into Hydra: text stays text, as typed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from llmops.errors import UserError
+
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def assign(key: str, value: Any) -> str:
+    """The override that sets ``key`` to ``value``: ``None``, a bool, a finite number, text, or lists and string-keyed
+    dicts of these. Text arrives exactly as given, whatever characters it has.
+
+    Raises :class:`TypeError` for any other type and :class:`ValueError` for a number that is not finite.
+    """
+    return f"{key}={_grammar(value)}"
+
+
+def as_typed(overrides: Sequence[str], text_keys: Collection[str]) -> list[str]:
+    """Quote the values of keys that hold text, and let ``env.NAME=value`` add a variable.
+
+    Hydra's grammar reads ``1e3``, ``n[1-3]`` and ``a,b`` as a number, a list and a sweep; in an account, a node list or
+    a comment they are just text. Values that are quoted already and ``null`` are left alone.
+    """
+    return [_as_typed(override, text_keys) for override in overrides]
+
+
+def key_of(override: str) -> str:
+    """The key that an override is about, without its prefix and package."""
+    return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0].strip()
+
+
+def check_text(overrides: Sequence[str]) -> None:
+    """Refuse what no configuration file could hold, and Hydra's own settings. Raises :class:`UserError`."""
+    for override in overrides:
+        shown = override.encode("utf-8", "backslashreplace").decode()
+        if shown != override or "\0" in override:
+            raise UserError(f"override {shown!r}: only UTF-8 text without NUL can be stored; remove the other bytes")
+        if re.match(r"hydra[./=@]", override.lstrip("+~")):
+            raise UserError(f"override {override}: hydra.* has no effect here; remove it")
+
+
+def resolver_calls(text: str) -> list[str]:
+    """Names of the OmegaConf resolvers that a value calls: ``["oc.env"]`` for ``${oc.env:HOME}``."""
+    names: list[str] = []
+    open_at: list[int | None] = []  # start of each interpolation's name; None once its name is known
+    at = 0
+    while at < len(text):
+        if text[at] == "\\":
+            at += 2
+            continue
+        if text.startswith("${", at):
+            open_at.append(at + 2)
+            at += 2
+            continue
+        if open_at:
+            start = open_at[-1]
+            if text[at] == ":" and start is not None:
+                names.append(text[start:at].strip())
+                open_at[-1] = None
+            elif text[at] == "}":
+                open_at.pop()
+        at += 1
+    return names
+
+
+def _as_typed(override: str, text_keys: Collection[str]) -> str:
+    name, equals, value = override.partition("=")
+    key = name.lstrip("+")
+    is_env = key.startswith("env.")
+    if not equals or "@" in key or (key not in text_keys and not is_env):
+        return override
+    if is_env:
+        if not ENV_NAME.fullmatch(key[4:]):
+            raise UserError(
+                f"{override}: {key[4:]!r} is not the name of an environment variable; use letters, digits, _"
+            )
+        name = f"++{key}"
+    return f"{name}={value if _is_value(value) else _quote(value)}"
+
+
+def _is_value(value: str) -> bool:
+    quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
+    return value in ("", "null") or quoted
+
+
+def _grammar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be written into a configuration")
+        return repr(value)
+    if isinstance(value, str):
+        # An escaped "${" is text to OmegaConf; backslashes in front of it have to be doubled.
+        return _quote(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_grammar(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_quote(key)}:{_grammar(item)}" for key, item in value.items()) + "}"
+    raise TypeError(f"{type(value).__name__} cannot be written as an override")
+
+
+def _quote(text: str) -> str:
+    # Hydra halves backslashes only where they stand before a quote, the closing one included.
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

@@ -1,0 +1,239 @@
+"""Rules that a type cannot say. Each refusal names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from llm.utils.config import ConfigError
+from llm.utils.config import check as check_training
+from llmops.config.overrides import ENV_NAME
+from llmops.config.schema import (
+    LocalCluster,
+    RunConfig,
+    SlurmCluster,
+    time_limit_seconds,
+    warning_seconds,
+    world_size,
+)
+from llmops.errors import UserError
+
+# The supervisor sets these for every rank.
+RESERVED_ENV = frozenset(
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    + ("OMP_NUM_THREADS",)
+)
+COMMENT_BYTES = 1024  # SLURM refuses longer ones
+SIGNAL_S_MAX = 65535  # of sbatch --signal
+# sbatch options that the launcher gives itself, each with what to set instead.
+TAKEN_OPTIONS = {
+    "--account": "cluster.account", "-A": "cluster.account",
+    "--array": None, "-a": None,
+    "--chdir": None, "-D": None,
+    "--comment": "cluster.comment",
+    "--constraint": "cluster.constraint", "-C": "cluster.constraint",
+    "--cpus-per-task": "cluster.cpus_per_rank", "-c": "cluster.cpus_per_rank",
+    "--dependency": "cluster.dependency", "-d": "cluster.dependency",
+    "--error": None, "-e": None,
+    "--exclude": "cluster.exclude", "-x": "cluster.exclude",
+    "--exclusive": "cluster.exclusive",
+    "--export": "env and secrets",
+    "--export-file": "env and secrets",
+    "--gpus-per-node": "cluster.gpus_per_node",
+    "--gres": "cluster.gres",
+    "--job-name": "name", "-J": "name",
+    "--mail-type": "cluster.mail_type",
+    "--mail-user": "cluster.mail_user",
+    "--mem": "cluster.mem",
+    "--mem-per-cpu": "cluster.mem_per_cpu",
+    "--no-requeue": None,
+    "--nodelist": "cluster.nodelist", "-w": "cluster.nodelist",
+    "--nodes": "cluster.nodes", "-N": "cluster.nodes",
+    "--ntasks": "cluster.ranks_per_node", "-n": "cluster.ranks_per_node",
+    "--ntasks-per-node": "cluster.ranks_per_node",
+    "--open-mode": None,
+    "--output": None, "-o": None,
+    "--parsable": None,
+    "--partition": "cluster.partition", "-p": "cluster.partition",
+    "--qos": "cluster.qos", "-q": "cluster.qos",
+    "--requeue": None,
+    "--reservation": "cluster.reservation",
+    "--signal": "cluster.signal_s",
+    "--test-only": None,
+    "--time": "cluster.time", "-t": "cluster.time",
+    "--wait": None, "-W": None,
+    "--wrap": "command",
+}  # fmt: skip
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration that cannot run. Raises :class:`UserError`."""
+    for key, value in _walk(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be a finite number")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{key}={value!r}: a NUL character can be in no argument or file name; remove it")
+    if config.name is not None and (not config.name.strip() or not config.name.isprintable() or len(config.name) > 100):
+        raise UserError(f"name={config.name!r}: must be 1 to 100 printable characters")
+    for key in ("runs_url", "code.root", "cluster.python"):
+        _refuse_empty(key, _get(config, key))
+    _check_environment(config)
+    _check_stop(config)
+    if config.command:
+        if not config.command[0]:
+            raise UserError("command: its first word, the program, is empty")
+    else:
+        try:
+            check_training(config, world_size(config))
+        except ConfigError as error:
+            raise UserError(str(error)) from error
+    if isinstance(config.cluster, SlurmCluster):
+        _check_slurm(config, config.cluster)
+    else:
+        _check_local(config, config.cluster)
+
+
+def _check_environment(config: RunConfig) -> None:
+    for name in [*config.env, *config.secrets]:
+        where = "env" if name in config.env else "secrets"
+        if not ENV_NAME.fullmatch(name):
+            raise UserError(f"{where}: {name!r} is not the name of an environment variable; use letters, digits and _")
+        if name.startswith("LLMOPS_") or name in RESERVED_ENV:
+            instead = "set train.threads_per_rank instead" if name == "OMP_NUM_THREADS" else "use another name"
+            raise UserError(f"{where}: {name} is set by llmops itself for every rank; {instead}")
+    both = sorted(set(config.env) & set(config.secrets))
+    if both:
+        raise UserError(f"env.{both[0]} is also in secrets: keep it in secrets only, env is written to the run")
+
+
+def _check_stop(config: RunConfig) -> None:
+    name = config.stop.signal
+    if name is not None:
+        if name not in signal.Signals.__members__:
+            raise UserError(f"stop.signal={name}: no signal has this name; use one such as SIGTERM or SIGUSR1")
+        if name in ("SIGKILL", "SIGSTOP"):
+            raise UserError(f"stop.signal={name}: a program cannot handle it; use one such as SIGTERM or SIGUSR1")
+    if config.retry.backoff_s > config.retry.backoff_max_s:
+        raise UserError(
+            f"retry.backoff_s={config.retry.backoff_s:g} is more than retry.backoff_max_s="
+            f"{config.retry.backoff_max_s:g}: lower the first or raise the second"
+        )
+
+
+def _check_local(config: RunConfig, cluster: LocalCluster) -> None:
+    if cluster.nodes != 1:
+        raise UserError(
+            f"cluster.nodes={cluster.nodes}: cluster=local is one machine; use cluster.ranks_per_node or cluster=slurm"
+        )
+    if not config.command and config.stop.local_grace_s < config.checkpoint.save_seconds:
+        raise UserError(
+            f"stop.local_grace_s={config.stop.local_grace_s:g} leaves less than checkpoint.save_seconds="
+            f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"
+        )
+
+
+def _check_slurm(config: RunConfig, cluster: SlurmCluster) -> None:
+    for key, value in _walk(cluster, "cluster."):
+        if isinstance(value, str) and not key.startswith("cluster.setup"):
+            _refuse_empty(key, value)
+            if re.search(r"[\x00-\x1f\x7f]", value):
+                raise UserError(f"{key}={value!r}: line breaks and control characters do not fit an sbatch option")
+    _check_time(config, cluster)
+    for key, text in (("cluster.mem", cluster.mem), ("cluster.mem_per_cpu", cluster.mem_per_cpu)):
+        if text is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", text, re.IGNORECASE):
+            raise UserError(f"{key}={text}: expected a size such as 64G, or a number of MB")
+    if cluster.mem is not None and cluster.mem_per_cpu is not None:
+        raise UserError(
+            f"cluster.mem={cluster.mem} and cluster.mem_per_cpu={cluster.mem_per_cpu}: set only one of them"
+        )
+    if cluster.gpus_per_node is not None and re.search(r"\bgpu\b", cluster.gres or ""):
+        raise UserError(
+            f"cluster.gres={cluster.gres} and cluster.gpus_per_node={cluster.gpus_per_node} both ask for GPUs: set one"
+        )
+    if cluster.comment is not None and len(cluster.comment.encode()) > COMMENT_BYTES:
+        raise UserError(f"cluster.comment: {len(cluster.comment.encode())} bytes; SLURM takes {COMMENT_BYTES} at most")
+    if cluster.mail_type is not None and re.search(r"[^A-Za-z0-9_,]", cluster.mail_type):
+        raise UserError(f"cluster.mail_type={cluster.mail_type}: expected names such as END,FAIL")
+    for option in cluster.extra:
+        _check_extra(option)
+    _check_container(cluster)
+
+
+def _check_time(config: RunConfig, cluster: SlurmCluster) -> None:
+    warning = warning_seconds(config)
+    if warning > SIGNAL_S_MAX:
+        raise UserError(f"cluster.signal_s={warning}: SLURM takes {SIGNAL_S_MAX} seconds at most")
+    try:
+        limit = time_limit_seconds(cluster.time)
+    except ValueError as error:
+        raise UserError(
+            f'cluster.time={cluster.time}: expected minutes, "hours:minutes:seconds" or "days-hours:minutes:seconds", '
+            "above zero"
+        ) from error
+    if limit is not None and warning >= limit:
+        raise UserError(
+            f"cluster.time={cluster.time} is {limit} s, but the run is warned {warning} s before it ends, to save: "
+            "raise cluster.time, or lower cluster.signal_s (by default checkpoint.save_seconds + 90)"
+        )
+    if not config.command and cluster.signal_s is not None and cluster.signal_s < config.checkpoint.save_seconds:
+        raise UserError(
+            f"cluster.signal_s={cluster.signal_s} leaves less than checkpoint.save_seconds="
+            f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"
+        )
+
+
+def _check_extra(option: str) -> None:
+    if not option.startswith("-"):
+        raise UserError(f"cluster.extra: {option!r} is not an sbatch option; write it as --name=value")
+    flag = option.split("=", 1)[0].split()[0]
+    name = flag if flag.startswith("--") else flag[:2]
+    if name in TAKEN_OPTIONS:
+        instead = TAKEN_OPTIONS[name]
+        raise UserError(f"cluster.extra: llmops sets {name} itself; {f'use {instead}' if instead else 'remove it'}")
+
+
+def _check_container(cluster: SlurmCluster) -> None:
+    container = cluster.container
+    if container.runtime == "none":
+        for key in ("image", "mounts", "args"):
+            if getattr(container, key):
+                raise UserError(
+                    f"cluster.container.{key} is set but cluster.container.runtime=none would ignore it: "
+                    "set the runtime to pyxis or apptainer"
+                )
+        return
+    if container.image is None:
+        raise UserError(f"cluster.container.runtime={container.runtime} needs cluster.container.image: set it")
+    for mount in container.mounts:
+        if not re.fullmatch(r"/[^,:]*:/[^,:]*(:[^,:]+)?", mount):
+            raise UserError(f"cluster.container.mounts: {mount!r} is not of the form /host/path:/container/path")
+
+
+def _refuse_empty(key: str, value: Any) -> None:
+    if value == "":
+        raise UserError(f"{key} is empty: give it a value, or null to leave the choice open")
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a struct, with its dotted key."""
+    if hasattr(value, "__struct_fields__"):
+        items: Any = ((name, getattr(value, name)) for name in value.__struct_fields__)
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = ((f"{index}", item) for index, item in enumerate(value))
+    else:
+        yield prefix.removesuffix("."), value
+        return
+    for name, item in items:
+        yield from _walk(item, f"{prefix}{name}.")
