@@ -100,6 +100,6 @@ def _decode(line: bytes) -> StepRecord | None:
         record = json.loads(line)
     except ValueError:
         return None
-    if isinstance(record, dict) and type(record.get("step")) is int and "loss" in record:
-        return record
-    return None
+    if not isinstance(record, dict) or record.get("kind", "step") != "step":
+        return None
+    return record if type(record.get("step")) is int and "loss" in record else None

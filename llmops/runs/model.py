@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import msgspec
+
 from llmops.runs.store import Store
 
 FORMAT = 1
@@ -13,8 +15,7 @@ Reason = Literal["finished", "preempted", "timeout", "failed", "hung", "node_fai
 Next = Literal["requeue", "retry", "end", "wait"]
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(msgspec.Struct, frozen=True):
     """The code snapshot that every attempt runs from."""
 
     sha256: str
@@ -22,8 +23,7 @@ class Code:
     dirty: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``run.json``: what the run is. Never changes."""
 
     id: str
@@ -43,8 +43,7 @@ class RunRecord:
     format: int = FORMAT
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobRecord:
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``job.json``: the one job id that may run a submission."""
 
     job_id: str
@@ -52,16 +51,14 @@ class JobRecord:
     time: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
     """``failed.json``: the scheduler refused the submission."""
 
     error: str
     time: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Intent:
+class Intent(msgspec.Struct, frozen=True, kw_only=True):
     """``intent.json``: the submission must not run again."""
 
     intent: Literal["end"] = "end"
@@ -70,8 +67,7 @@ class Intent:
     time: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubmissionRecord:
+class SubmissionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``submission.json``: written before the scheduler is called."""
 
     number: int
@@ -81,8 +77,7 @@ class SubmissionRecord:
     config: str = "config.yaml"
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttemptStart:
+class AttemptStart(msgspec.Struct, frozen=True, kw_only=True):
     """``start.json``: who claimed the attempt, and the commit it resumes from."""
 
     number: int
@@ -95,8 +90,7 @@ class AttemptStart:
     resume_step: int = 0  # the last step that the commit holds; 0 from scratch
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True, kw_only=True):
     """The stop request that ended an attempt."""
 
     cause: str
@@ -104,14 +98,13 @@ class Stop:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttemptEnd:
+class AttemptEnd(msgspec.Struct, frozen=True, kw_only=True):
     """``end.json``: why the attempt ended, and what the supervisor decided."""
 
     time: float
     reason: Reason
     next: Next
-    exit_codes: dict[str, int | None] = field(default_factory=dict)
+    exit_codes: dict[str, int | None] = {}  # of each rank
     first_step: int | None = None
     last_step: int | None = None
     error: str | None = None  # the last lines of the rank that failed

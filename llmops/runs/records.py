@@ -5,14 +5,10 @@ Readers never fail on one run: what is missing or damaged ends up in ``Run.probl
 
 from __future__ import annotations
 
-import getpass
 import re
 import secrets
-import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -88,6 +84,9 @@ def create_run(runs_url: str, record: RunRecord, config: bytes) -> Store:
 
 def whoami() -> tuple[str, str]:
     """Owner and host for a new record."""
+    import getpass
+    import socket
+
     try:
         owner = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name, as in many containers
@@ -246,6 +245,8 @@ def find_run(runs_url: str, ref: str) -> Run:
             raise UserError(f"{ref!r} means {len(matching)} runs in {store.url}; use an id: {shown}")
     if not ids:
         raise UserError(f"there is no run {ref!r}: {store.url} holds no runs (set LLMOPS_RUNS_URL to look elsewhere)")
+    from difflib import get_close_matches
+
     close = get_close_matches(ref, {*names, *names.values()}, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; `llmops status` lists them"
     raise UserError(f"there is no run {ref!r} in {store.url}{hint}")
@@ -263,5 +264,7 @@ def _name(store: Store, run_id: str) -> str:
 def _each(store: Store, ids: list[str], read: Callable[[str], _Result]) -> list[_Result]:
     if store.local_path is not None:
         return [read(run_id) for run_id in ids]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(16) as pool:  # each object costs a round trip
         return list(pool.map(read, ids))

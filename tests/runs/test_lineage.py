@@ -96,7 +96,8 @@ def test_unfinished_damaged_and_other_lines_are_skipped(make_run: Any) -> None:
     made = make_run()
     made.start(0)
     text = (
-        '{"step": 1, "loss": 3.0}\n\xff garbage\n\n[1]\n{"step": 1, "val_loss": 2.5}\n{"step": true, "loss": 1}\n'
+        '{"step": 1, "loss": 3.0}\n\xff garbage\n\n[1]\n'
+        '{"kind": "eval", "step": 1, "loss": 2.5}\n{"step": true, "loss": 1}\n'
         '{"step": 2, "loss": NaN}\n{"step": 3, "loss": 2.0'
     )
     made.store.put("metrics/0000/000000.jsonl", text.encode("latin1"))
