@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ _SUFFIX = ".cfg"
 
 
 def folder() -> Path:
-    """``$LLMOPS_CACHE_DIR``, else the user's cache folder."""
+    """``$LLMOPS_CACHE_DIR``, else llmops' own in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     chosen = os.environ.get("LLMOPS_CACHE_DIR")
     if chosen:
         return Path(chosen) / "config"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("llmops")) / "config"
+    # Not through platformdirs: importing it costs more than reading an entry does.
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(shared if Path(shared).is_absolute() else Path("~/.cache").expanduser()) / "llmops" / "config"
 
 
 def digest(parts: Iterable[tuple[str, bytes]], overrides: Sequence[str]) -> str:
@@ -58,7 +57,7 @@ def save(key: str, data: dict[str, Any], text: str) -> None:
     target = folder()
     with contextlib.suppress(OSError):
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = target / f".{key[:16]}.{secrets.token_hex(4)}"
+        aside = target / f".{key[:16]}.{os.urandom(4).hex()}"
         try:
             aside.write_bytes(content)
             aside.replace(target / f"{key}{_SUFFIX}")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 import llm.utils.config
 from llmops import __version__
-from llmops.config import cache, errors, groups, rules, schema
+from llmops.config import cache, groups, rules, schema
 from llmops.config import overrides as override_text
 from llmops.config.schema import RunConfig
 from llmops.errors import UserError
@@ -23,8 +22,7 @@ from llmops.errors import UserError
 _NUMBER_AS_TEXT = ("time", "mem", "mem_per_cpu")
 
 
-@dataclass(frozen=True)
-class Composed:
+class Composed(NamedTuple):
     """A configuration as a value, as the text of ``config.yaml``, and as plain data in the same order."""
 
     config: RunConfig
@@ -49,10 +47,12 @@ def load_config(overrides: Sequence[str] = (), config_dir: Path | None = None) -
     try:
         config = msgspec.convert(raw, RunConfig)
     except msgspec.ValidationError as error:
+        from llmops.config import errors
+
         raise errors.from_validation(error, raw, files, overrides) from error
     rules.check(config)
     data = msgspec.to_builtins(config)
-    text = _yaml(data)
+    text = to_yaml(data)
     if pure:
         cache.save(key, data, text)
     return Composed(config, text, data)
@@ -85,8 +85,10 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from llmops.config import errors  # its tables are of use only now
+
     groups.check_yaml(files)
-    arguments = override_text.as_typed(overrides, errors.text_keys())
+    arguments = override_text.as_typed(overrides, errors.text_keys() | files.options().keys())
     if len(files.folders) > 1:
         arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
     cluster = None
@@ -155,7 +157,7 @@ def _check_resolvers(value: Any, key: str = "") -> Iterator[str]:
             yield name
 
 
-def _yaml(data: dict[str, Any]) -> str:
+def to_yaml(data: dict[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120))

@@ -74,11 +74,17 @@ def from_validation(
         name = f"{key}.{missing[1]}".lstrip(".")
         return UserError(f"{name} has no value: give one, as {name}=...")
     if key == "cluster.backend" or (key == "cluster" and cluster not in CLUSTERS):
-        return UserError(f"cluster.backend={cluster}: there is no such backend; choose {' or '.join(CLUSTERS)}")
-    value = _value(data, key)
+        shown = place("cluster.backend", groups, overrides)
+        return UserError(f"{shown}: there is no backend {cluster}; choose {' or '.join(CLUSTERS)}")
+    if key.startswith("env["):
+        key, value = next((f"env.{name}", item) for name, item in data["env"].items() if type(item) is not str)
+    else:
+        value = _value(data, key)
     expected = text.split(", got ")[0].replace("`", "").replace("Expected", "expected")
     expected = _plain(expected) if text.startswith("Expected") else _choices(key, text)
-    return UserError(f"{place(key, groups, overrides)}: {key}={_show(value)} does not fit; {expected}")
+    shown = place(key.split("[")[0], groups, overrides)
+    what = shown if shown == f"override {key}={_show(value)}" else f"{shown}: {key}={_show(value)}"
+    return UserError(f"{what} does not fit: {expected}")
 
 
 def from_hydra(error: Exception, groups: Groups, overrides: Sequence[str], cluster: str | None) -> UserError:
@@ -106,11 +112,13 @@ def from_hydra(error: Exception, groups: Groups, overrides: Sequence[str], clust
             f"override {override}: a run takes one value per key; write a list as key=[a,b], "
             "text with a comma as key=\"'a,b'\""
         )
-    mandatory = re.search(r"Missing mandatory value: (\S+)", message)
-    if mandatory:
-        return UserError(f"{mandatory[1]} has no value: give one, as {mandatory[1]}=...")
-    line = " ".join(message.split("\nSee https")[0].split())
     full_key = getattr(error, "full_key", None)
+    if "Missing mandatory value" in message:
+        return UserError(f"{full_key} has no value: give one, as {full_key}=...")
+    merging = re.match(r"Error merging override (.*)", message)
+    if merging:
+        return UserError(f"override {merging[1].lstrip('+')} does not fit what is there: a section stays a section")
+    line = " ".join(message.split("\nSee https")[0].split())
     at = f"{place(full_key, groups, overrides)}: " if full_key else ""
     return UserError(f"{at}the configuration cannot be composed: {line.replace(' full_key: ', ' at ')}")
 
@@ -119,7 +127,7 @@ def place(key: str, groups: Groups, overrides: Sequence[str]) -> str:
     """Where a key is set: the override, or file and line; else the key."""
     for override in reversed(overrides):
         name = key_of(override)
-        if name == key or (key.startswith(f"{name}.") and name in schema_keys()):
+        if name == key or (key.startswith(f"{name}.") and name not in groups.options()):
             return f"override {override}"
     return groups.where(key) or key
 

@@ -22,7 +22,7 @@ def assign(key: str, value: Any) -> str:
 
 
 def as_typed(overrides: Sequence[str], text_keys: Collection[str]) -> list[str]:
-    """Quote the values of keys that hold text, and let ``env.NAME=value`` add a variable.
+    """Quote the values of keys that hold text or choose an option, and let ``env.NAME=value`` add a variable.
 
     Hydra's grammar reads ``1e3``, ``n[1-3]`` and ``a,b`` as a number, a list and a sweep; in an account, a node list or
     a comment they are just text. Values that are quoted already and ``null`` are left alone.
@@ -31,8 +31,8 @@ def as_typed(overrides: Sequence[str], text_keys: Collection[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
-    """The key that an override is about, without its prefix and package."""
-    return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0].strip()
+    """The key that an override is about, without its prefix."""
+    return override.split("=", 1)[0].lstrip("+~").strip()
 
 
 def check_text(overrides: Sequence[str]) -> None:
@@ -43,6 +43,8 @@ def check_text(overrides: Sequence[str]) -> None:
             raise UserError(f"override {shown!r}: only UTF-8 text without NUL can be stored; remove the other bytes")
         if re.match(r"hydra[./=@]", override.lstrip("+~")):
             raise UserError(f"override {override}: hydra.* has no effect here; remove it")
+        if "@" in override.split("=", 1)[0]:
+            raise UserError(f"override {override}: a group has one place here; write it without @")
 
 
 def resolver_calls(text: str) -> list[str]:
@@ -73,7 +75,9 @@ def _as_typed(override: str, text_keys: Collection[str]) -> str:
     name, equals, value = override.partition("=")
     key = name.lstrip("+")
     is_env = key.startswith("env.")
-    if not equals or "@" in key or (key not in text_keys and not is_env):
+    if equals and key == "env":
+        return f"++{key}={value}"  # it has no keys of its own, so Hydra would refuse new ones
+    if not equals or (key not in text_keys and not is_env):
         return override
     if is_env:
         if not ENV_NAME.fullmatch(key[4:]):

@@ -23,8 +23,16 @@ from llmops.errors import UserError
 
 # The supervisor sets these for every rank.
 RESERVED_ENV = frozenset(
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    + ("OMP_NUM_THREADS",)
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    }
 )
 COMMENT_BYTES = 1024  # SLURM refuses longer ones
 SIGNAL_S_MAX = 65535  # of sbatch --signal

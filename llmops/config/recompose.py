@@ -1,0 +1,66 @@
+"""A stored configuration with some values changed: what a resumed run goes on with. Nothing is composed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from llmops.config import rules
+from llmops.config.compose import Composed, to_yaml
+from llmops.config.schema import RunConfig
+from llmops.errors import UserError
+
+
+def recompose(text: str, overrides: Sequence[str] = ()) -> Composed:
+    """The configuration in ``text`` (a run's ``config.yaml``) with ``key=value`` overrides applied.
+
+    Raises :class:`UserError` for a group (``model=7b``), a sweep, an unknown key, or a value that cannot work.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the run's config.yaml is damaged: {' '.join(str(error).split())}") from error
+    if overrides:
+        _apply(data, overrides)
+    try:
+        config = msgspec.convert(data, RunConfig)
+    except msgspec.ValidationError as error:
+        where = ", ".join(overrides) or "the run's config.yaml"
+        raise UserError(f"{where}: {str(error).replace('$.', '')}; correct the value") from error
+    rules.check(config)
+    plain = msgspec.to_builtins(config)
+    return Composed(config, to_yaml(plain), plain)
+
+
+def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from llmops.config.errors import text_keys
+    from llmops.config.overrides import as_typed, check_text
+
+    check_text(overrides)
+    try:
+        parsed = OverridesParser.create().parse_overrides(as_typed(overrides, text_keys()))
+    except OverrideParseException as error:
+        raise UserError(f"override {error.override}: not of the form key=value; correct or quote it") from error
+    for override, shown in zip(parsed, overrides, strict=True):
+        *path, last = override.key_or_group.split(".")
+        if override.is_sweep_override() or override.is_delete():
+            raise UserError(f"override {shown}: a resumed run takes key=value only")
+        target: Any = data
+        for part in path:
+            target = target.get(part) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or (last not in target and path != ["env"]):
+            raise UserError(
+                f"override {shown}: there is no key {override.key_or_group}; the run's config.yaml lists them"
+            )
+        if isinstance(target.get(last), dict):
+            raise UserError(
+                f"override {shown}: a resumed run cannot change a whole group; name the keys, as in {last}.KEY=VALUE"
+            )
+        target[last] = override.value()
