@@ -14,8 +14,10 @@ from llmops.resources import templates_dir
 def sbatch_value(value: object) -> str:
     """Quote one value for an ``#SBATCH`` line.
 
-    sbatch groups by double quotes and takes a backslash as an escape inside them; nothing is expanded, but an unquoted ``#``
-    starts a comment. A line break would end the directive and cannot be quoted at all. (Source: slurm_opt.c, tags 22.05-26.05.)
+    sbatch groups by double quotes and takes a backslash as an escape inside them; nothing is expanded, but an unquoted
+    ``#``
+    starts a comment. A line break would end the directive and cannot be quoted at all. (Source: slurm_opt.c, tags
+    22.05-26.05.)
     """
     text = str(value)
     if any(character in text for character in "\n\r\0"):
@@ -34,7 +36,10 @@ def sbatch_options(options: Mapping[str, object]) -> list[str]:
 
 
 def render_template(name: str, override: str | None, values: Mapping[str, Any]) -> str:
-    """Fill the template ``name``, or the user's own at ``override``. A name that the template does not know is an error."""
+    """Fill the template ``name``, or the user's own at ``override``.
+
+    A name that the template does not know is an error.
+    """
     import jinja2
 
     path = Path(override).expanduser() if override else templates_dir() / name

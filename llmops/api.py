@@ -1,0 +1,218 @@
+"""What llmops does, as functions: the command line is a thin layer over these."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmops import backends, launch
+from llmops.errors import ClusterError, UserError
+from llmops.runs import records
+from llmops.runs.model import Run
+from llmops.runs.store import default_runs_url, open_store
+
+if TYPE_CHECKING:
+    from llmops.job import JobView
+
+OVER = ("finished", "failed", "cancelled")
+CANCEL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as it was read, with its state worked out."""
+
+    run: Run
+    state: str
+    reason: str
+    job: JobView | None
+
+
+def prepare(
+    overrides: Sequence[str] = (),
+    *,
+    backend: str | None = None,
+    name: str | None = None,
+    command: Sequence[str] = (),
+    config_dir: Path | None = None,
+    runs_url: str | None = None,
+) -> launch.Prepared:
+    """Compose, check and plan a run without writing anything. Raises :class:`UserError` for what cannot work."""
+    from llmops.config.compose import load_config
+    from llmops.config.overrides import assign
+
+    if backend is not None and backend not in backends.NAMES:
+        raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
+    full = [f"cluster={backend}"] if backend else []
+    full += overrides
+    if name is not None:
+        full.append(assign("name", launch.check_name(name)))
+    if command:
+        full.append(assign("command", list(command)))
+    return launch.prepare(load_config(full, config_dir), runs_url)
+
+
+def submit(prepared: launch.Prepared) -> Run:
+    """Submit a prepared run and return it as it stands in the run store."""
+    return records.load_run(launch.start(prepared))
+
+
+def runs_url_or_default(runs_url: str | None) -> str:
+    """Where runs are looked for: what was given, else LLMOPS_RUNS_URL, else the user's data directory."""
+    return runs_url or default_runs_url()
+
+
+def find(ref: str | None, runs_url: str | None = None) -> Run:
+    """The run that ``ref`` means (name, id or unambiguous prefix); the newest one when it is None."""
+    url = runs_url_or_default(runs_url)
+    if ref is not None:
+        return records.find_run(url, ref)
+    runs = records.list_runs(url)
+    if not runs:
+        raise UserError(f"there are no runs in {url}; `llmops submit` starts one")
+    return runs[-1]
+
+
+def statuses(refs: Sequence[str] = (), runs_url: str | None = None) -> list[Status]:
+    """The named runs, or all of them, with at most one query of each kind to each scheduler."""
+    url = runs_url_or_default(runs_url)
+    runs = [records.find_run(url, ref) for ref in refs] if refs else records.list_runs(url)
+    runs = [adopt(run) for run in runs]
+    views = _views(runs)
+    return [_status(run, views) for run in runs]
+
+
+def status(run: Run) -> Status:
+    """One run's state, read anew."""
+    fresh = adopt(records.load_run(run.store))
+    return _status(fresh, _views([fresh]))
+
+
+def _status(run: Run, views: dict[tuple[str, str], JobView]) -> Status:
+    from llmops.runs.state import derive_state
+
+    view = views.get((run.backend, run.job_id)) if run.job_id else None
+    state, reason = derive_state(run, view)
+    return Status(run, state, reason, view)
+
+
+def _views(runs: Sequence[Run]) -> dict[tuple[str, str], JobView]:
+    """What the schedulers say of the jobs that may still live; runs that have ended are not asked about."""
+    wanted: dict[str, list[str]] = {}
+    for run in runs:
+        if run.job_id and not _ended(run):
+            wanted.setdefault(run.backend, []).append(run.job_id)
+    views = {}
+    for backend, job_ids in wanted.items():
+        for job_id, view in backends.load(backend).describe(job_ids).items():
+            views[backend, job_id] = view
+    return views
+
+
+def _ended(run: Run) -> bool:
+    """Whether the store alone says that the newest submission is over."""
+    newest = run.newest
+    return bool(
+        newest
+        and newest.end
+        and newest.end.next == "end"
+        and run.submissions
+        and newest.start.submission == run.submissions[-1].number
+    )
+
+
+def adopt(run: Run) -> Run:
+    """If the launcher died between submitting and writing the job id down, find the job by its tag and register it."""
+    newest = run.submissions[-1] if run.submissions else None
+    if newest is None or newest.job_id or newest.failed:
+        return run
+    try:
+        found = backends.load(newest.backend).find(newest.tag)
+    except (ClusterError, UserError):
+        # Its state stays unknown; the status says so.
+        return run
+    if not found:
+        return run
+    # The job itself may have been faster; then its word counts.
+    records.register_job(run.store, newest.number, found[0], "launcher")
+    return records.load_run(run.store)
+
+
+def cancel(run: Run, graceful: bool = False) -> Status:
+    """End a run for good: the intent is recorded first, so that nothing can bring it back, then its job is told.
+
+    Returns once the job is gone, or after :data:`CANCEL_TIMEOUT_S` (a graceful end may take longer: it saves first).
+    """
+    before = status(run)
+    if before.state in OVER:
+        return before
+    newest = before.run.submissions[-1] if before.run.submissions else None
+    if newest is None:
+        return before
+    records.write_intent(before.run.store, newest.number, graceful, getpass.getuser())
+    job_id = before.run.job_id
+    if job_id is None:
+        return status(run)
+    backend = backends.load(newest.backend)
+    if before.state in ("preempted", "pending"):
+        graceful = False
+    backend.cancel([job_id], graceful)
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    while True:
+        now = status(run)
+        alive = now.job is not None and now.job.state in ("pending", "running", "completing")
+        if graceful or not alive or time.monotonic() > deadline:
+            return now
+        time.sleep(0.2)
+
+
+def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
+    """Go on from the last committed step with a new submission. None when the run has finished and nothing was changed.
+
+    Raises :class:`UserError` while the run is alive.
+    """
+    from llmops.config.recompose import recompose
+
+    now = status(run)
+    if now.state in ("running", "pending", "preempted"):
+        raise UserError(f"{run.id} is {now.state}: there is nothing to resume; `llmops cancel` ends it")
+    if now.state == "unknown" and now.job is not None and now.job.state == "unreachable":
+        raise ClusterError(f"{run.id}: it is not known whether its job still lives ({now.reason}); try again later")
+    if now.state == "unknown" and now.run.job_id is None:
+        # Its submission may have been accepted without an answer; only its scheduler knows.
+        for submission in now.run.submissions[-1:]:
+            backends.load(submission.backend).find(submission.tag)
+    if now.state == "finished" and not overrides:
+        return None
+    record = now.run.record
+    if record is None:
+        raise UserError(f"{run.url}: {now.run.problems[0]}; it cannot be resumed")
+    config_path, archive = "config.yaml", None
+    for submission in reversed(now.run.submissions):
+        config_path = submission.record.config
+        spec = launch.stored_spec(now.run.store, submission.number)
+        if spec:
+            archive = spec["code_archive"]
+            break
+    composed = recompose(now.run.store.get(config_path).decode(), overrides)
+    runs = open_store(now.run.url.rsplit("/", 1)[0])
+    prepared = launch.prepare(composed, runs.url)
+    number = records.next_submission(now.run.store)
+    if overrides:
+        config_path = f"job/{number:04d}/config.yaml"
+        now.run.store.create(config_path, composed.yaml_text.encode())
+    again = launch.Prepared(**{**vars(prepared), "run_id": run.id, "name": record.name})
+    launch.submit(again, now.run.store, number, config_path, archive)
+    return records.load_run(now.run.store)
+
+
+def describe(found: Sequence[Status]) -> list[dict[str, Any]]:
+    """The stable JSON objects of ``llmops status --json``."""
+    from llmops.monitor import status as view
+
+    jobs = {item.run.job_id: item.job for item in found if item.job and item.run.job_id}
+    return view.describe([item.run for item in found], jobs)

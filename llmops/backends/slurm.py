@@ -1,0 +1,233 @@
+"""SLURM through its own commands: text formats with explicit fields, which every release since 20.11 prints alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmops.backends.base import Ambiguous, Rejected, Submission
+from llmops.backends.slurm_limits import check_limits, check_reachable
+from llmops.config.schema import SlurmCluster, time_limit_seconds
+from llmops.errors import ClusterError, UserError
+from llmops.job import JobSpec, JobState, JobView
+from llmops.render import render_template, sbatch_options
+
+CALL_TIMEOUT_S = 60.0
+REQUEUE_DELAY_S = 5  # must outlast the end of the job and its epilog; see llmops.agent.scontrol.cut_wait
+MANY = 100  # with more jobs than this, one listing of all is cheaper than naming each
+
+_STATES: dict[str, JobState] = {
+    "PENDING": "pending",
+    "REQUEUED": "pending",
+    "REQUEUE_HOLD": "pending",
+    "REQUEUE_FED": "pending",
+    "SPECIAL_EXIT": "pending",
+    "RUNNING": "running",
+    "CONFIGURING": "running",
+    "SUSPENDED": "running",
+    "STOPPED": "running",
+    "SIGNALING": "running",
+    "STAGE_OUT": "running",
+    "RESIZING": "running",
+    "COMPLETING": "completing",
+    "COMPLETED": "finished",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+}
+
+
+def call(*command: str, env: Mapping[str, str] | None = None, timeout: float = CALL_TIMEOUT_S) -> tuple[int, str, str]:
+    """Run a SLURM command: exit code, output, errors on one line. 124 when it did not answer in time."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, env=clean_env(env or os.environ)
+        )
+    except FileNotFoundError as error:
+        raise ClusterError(
+            f"{command[0]} is not on PATH: this machine is no SLURM client; run llmops on a login node"
+        ) from error
+    except subprocess.TimeoutExpired:
+        return 124, "", f"{command[0]} did not answer within {timeout:.0f} s"
+    errors = " ".join(done.stderr.decode("utf-8", "replace").split())
+    return done.returncode, done.stdout.decode("utf-8", "replace"), errors
+
+
+def clean_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables by which users give SLURM's commands other defaults.
+
+    What is asked for is in the arguments.
+    """
+    dropped = ("SLURM_TIME_FORMAT", "SQUEUE_", "SINFO_", "SACCT_", "SBATCH_")
+    return {name: value for name, value in env.items() if not name.startswith(dropped)}
+
+
+class SlurmBackend:
+    """Jobs of one SLURM cluster."""
+
+    name = "slurm"
+
+    def check(self, cluster: SlurmCluster, run_dir: str) -> None:
+        """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""
+        code, output, errors = call("sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G", timeout=30)
+        if code:
+            raise ClusterError(
+                f"the SLURM controller does not answer ({errors}); nothing was submitted: try again later"
+            )
+        partition = check_limits(cluster, output)
+        check_reachable(run_dir, partition, lambda: call("sinfo", "-h", "-p", partition, "-O", "NodeHost:64")[1])
+
+    def options(self, cluster: SlurmCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the supervisor adds to its ``srun``, and when it is warned."""
+        container = cluster.container
+        cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
+        srun, wrap = [f"--cpus-per-task={cpus}"], list[str]()
+        if container.runtime == "pyxis":
+            mounts = [f"{spec_values['runs_dir']}:{spec_values['runs_dir']}", *container.mounts]
+            srun += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", *container.args]
+        elif container.runtime == "apptainer":
+            wrap = ["apptainer", "exec", "--bind", spec_values["runs_dir"]]
+            wrap += [part for mount in container.mounts for part in ("--bind", mount)]
+            wrap += [*container.args, str(container.image)]
+        return {
+            "srun_args": srun,
+            "wrap": wrap,
+            "signal_s": spec_values["warning_s"],
+            "requeue_delay_s": REQUEUE_DELAY_S,
+        }
+
+    def render(self, cluster: SlurmCluster, spec: JobSpec, run_dir: Path, agent: Path) -> str:
+        """The batch script."""
+        folder = run_dir / "job" / f"{spec.submission:04d}"
+        cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
+        limit = time_limit_seconds(cluster.time)
+        options = {
+            "job-name": spec.tag,
+            "nodes": cluster.nodes,
+            "ntasks-per-node": 1,
+            "cpus-per-task": cpus,
+            "gpus-per-node": cluster.gpus_per_node,
+            "gres": cluster.gres,
+            "mem": cluster.mem,
+            "mem-per-cpu": cluster.mem_per_cpu,
+            "time": cluster.time if limit is not None else None,
+            "partition": cluster.partition,
+            "account": cluster.account,
+            "qos": cluster.qos,
+            "constraint": cluster.constraint,
+            "exclude": cluster.exclude,
+            "nodelist": cluster.nodelist,
+            "reservation": cluster.reservation,
+            "exclusive": cluster.exclusive,
+            "mail-user": cluster.mail_user,
+            "mail-type": cluster.mail_type,
+            "comment": cluster.comment,
+            "dependency": cluster.dependency,
+            "chdir": _pattern_free(run_dir),
+            # A name without a pattern but the job's number: it fits arrays, and append keeps the lines of earlier
+            # attempts.
+            "output": f"{_pattern_free(folder)}/slurm-%j.out",
+            "open-mode": "append",
+            "requeue": True,
+            "signal": f"B:USR1@{spec.options['signal_s']}",
+        }
+        values = {
+            "comment": f"{spec.run_id}, submission {spec.submission}: written by llmops, kept as submitted",
+            "options": [*sbatch_options(options), *cluster.extra],
+            "setup": cluster.setup,
+            "python": spec.python if cluster.container.runtime == "none" else "python3",
+            "agent": agent,
+            "run": run_dir,
+            "submission": spec.submission,
+            "spec": spec,
+            "cluster": cluster,
+        }
+        return render_template("sbatch.sh.j2", cluster.template, values)
+
+    def submit(self, submission: Submission) -> str:
+        """``sbatch``; when it does not answer, the tag is looked up before anything is said."""
+        env = {name: value for name, value in os.environ.items() if name not in submission.hidden_env}
+        code, output, errors = call("sbatch", "--parsable", str(submission.folder / "sbatch.sh"), env=env)
+        if code == 0 and output.strip():
+            return output.strip().splitlines()[-1].split(";")[0]
+        if not _unanswered(code, errors):
+            raise Rejected(errors or f"sbatch returned {code}")
+        try:
+            found = self.find(submission.spec.tag)
+        except ClusterError:
+            found = []
+        if found:
+            return found[0]
+        raise Ambiguous(errors)
+
+    def find(self, spec_tag: str) -> list[str]:
+        """Jobs by name: the queue first, then the accounting, which does not know held jobs."""
+        code, output, errors = call("squeue", "-h", "-t", "all", "-n", spec_tag, "-o", "%A", timeout=30)
+        if code:
+            raise ClusterError(f"squeue: {errors}")
+        if output.split():
+            return sorted(set(output.split()), key=int)
+        code, output, _ = call(
+            "sacct", "-n", "-P", "-X", "-S", "now-7days", f"--name={spec_tag}", "-o", "jobid", timeout=30
+        )
+        return sorted(set(output.split())) if code == 0 else []
+
+    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
+        """One ``squeue``; for jobs that have left the queue, one ``sacct``, where there is accounting."""
+        wanted = list(dict.fromkeys(job_ids))
+        if not wanted:
+            return {}
+        named = ["-j", ",".join(wanted)] if len(wanted) <= MANY else []
+        code, output, errors = call("squeue", "-h", "-t", "all", *named, "-o", "%i|%T|%S|%r", timeout=30)
+        if code and "Invalid job id" not in errors:
+            return {job_id: JobView(job_id, "unreachable", f"squeue: {errors}") for job_id in wanted}
+        views = {}
+        for line in output.splitlines():
+            job_id, state, start, reason = line.split("|", 3)
+            views[job_id] = _view(job_id, state, reason, start)
+        missing = [job_id for job_id in wanted if job_id not in views]
+        if missing:
+            fields = ("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "jobid,state,start")
+            code, output, _ = call(*fields, timeout=30)
+            for line in output.splitlines() if code == 0 else []:
+                job_id, state, start = line.split("|")
+                views[job_id] = _view(job_id, state.split(" ")[0], "", start)
+        return {job_id: views.get(job_id, JobView(job_id, "gone", "SLURM knows no such job")) for job_id in wanted}
+
+    def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
+        """``scancel``, or the warning signal to the batch host alone. A job that waits has nothing to save."""
+        views = self.describe(job_ids)
+        running = [job_id for job_id, view in views.items() if view.state == "running"]
+        signalled = running if graceful else []
+        killed = [job_id for job_id in job_ids if job_id not in signalled]
+        for command, ids in ((["scancel", "--batch", "--signal=USR1"], signalled), (["scancel"], killed)):
+            if not ids:
+                continue
+            code, _, errors = call(*command, *ids, timeout=30)
+            if code and "Invalid job id" not in errors and "already completing or completed" not in errors:
+                raise ClusterError(f"scancel: {errors}; the cancellation is recorded, so the run will not start again")
+
+
+def _pattern_free(path: Path) -> str:
+    """A path in which sbatch sees no filename pattern. A backslash would switch off all of them and cannot be used."""
+    if "\\" in str(path):
+        raise UserError(f"runs_url={path}: sbatch cannot write to a path with a backslash; choose another")
+    return str(path).replace("%", "%%")
+
+
+def _unanswered(code: int, errors: str) -> bool:
+    """Whether a failed command may have reached the controller all the same."""
+    signs = ("timed out", "did not answer", "Socket", "Zero Bytes", "connect failure", "Unable to contact")
+    return code == 124 or any(sign in errors for sign in signs)
+
+
+def _view(job_id: str, state: str, reason: str, start: str) -> JobView:
+    begin = None
+    if start[:1].isdigit():
+        begin = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
+    told = "" if reason in ("None", "") else reason
+    known = _STATES.get(state, "failed")
+    return JobView(job_id, known, told if known == "pending" else state if not told else f"{state}: {told}", begin)

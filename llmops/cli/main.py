@@ -1,0 +1,97 @@
+"""The command line's entry. A verb's module is imported when that verb is asked for, and nothing heavy before."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+VERBS = {
+    "submit": "submit a run: your configuration, or any command after --",
+    "render": "print exactly what submit would submit, and submit nothing",
+    "status": "what is running, how far, and how it ended",
+    "logs": "the output of a run's ranks, over all its attempts",
+    "resume": "go on with a stopped run from its last committed step",
+    "cancel": "end runs for good",
+}
+
+EPILOG = """examples:
+  llmops submit recipe=tiny --follow
+  llmops submit --backend slurm recipe=tiny cluster.partition=gpu cluster.time=2:00:00
+  llmops submit --backend slurm cluster.nodes=2 --name hello -- python train.py --lr 3e-4
+  llmops status
+  llmops logs -f
+"""
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser; only ``verb``'s own arguments are filled in, since filling in all would import all."""
+    parser = argparse.ArgumentParser(
+        prog="llmops",
+        description="Launch LLM runs on SLURM, Kubernetes or this machine, and keep them going until they are done.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, summary in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == verb:
+            module = importlib.import_module(f"llmops.cli.{name}")
+            sub.add_argument(
+                "--runs-url", metavar="URL", help="the run store (default: LLMOPS_RUNS_URL, or the configuration)"
+            )
+            module.configure(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run one command. Returns the exit code: 0 fine, 1 the run failed or the cluster did not answer, 2 bad input."""
+    command: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, command = argv[:cut], argv[cut + 1 :]
+        if not command:
+            print("llmops: error: nothing follows --: give the command to run, or leave -- out", file=sys.stderr)
+            return 2
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(verb)
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from llmops import __version__
+
+        print(f"llmops {__version__}")
+        return 0
+    if arguments.verb is None:
+        parser.print_help()
+        return 0
+    if command and arguments.verb not in ("submit", "render"):
+        print(f"llmops: error: {arguments.verb} takes no command after --", file=sys.stderr)
+        return 2
+    arguments.command = command
+    return _guarded(arguments)
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    from llmops.errors import ClusterError, UserError
+
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except (UserError, ClusterError) as error:
+        print(f"llmops: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`llmops logs | head`). Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""``llmops submit``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llmops import api
+
+
+def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
+    """Arguments of ``submit`` and, but for what needs a job, of ``render``."""
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides: recipe=tiny train.lr=1e-4 …")
+    parser.add_argument("--backend", metavar="B", help="local or slurm (the same as cluster=B)")
+    parser.add_argument("--name", metavar="N", help="the run's name")
+    parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with config groups of your own")
+    if rendering:
+        return
+    parser.usage = "llmops submit [OVERRIDE …] [options] [-- COMMAND …]"
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
+    parser.add_argument("-f", "--follow", action="store_true", help="show the output until the run is over")
+    parser.add_argument("--json", action="store_true", help="print the run as JSON")
+
+
+def prepare(arguments: argparse.Namespace) -> api.launch.Prepared:
+    """Everything up to, but without, writing and submitting."""
+    return api.prepare(
+        arguments.overrides,
+        backend=arguments.backend,
+        name=arguments.name,
+        command=arguments.command,
+        config_dir=arguments.config_dir,
+        runs_url=arguments.runs_url,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Submit, say what was submitted, and follow it if asked to."""
+    prepared = prepare(arguments)
+    if arguments.dry_run:
+        print(api.launch.dry_run(prepared), end="")
+        return 0
+    submitted = api.submit(prepared)
+    if arguments.json:
+        import json
+
+        print(json.dumps(api.describe([api.status(submitted)])[0], indent=1))
+    else:
+        print(f"submitted {submitted.id} ({submitted.backend} job {submitted.job_id})")
+        print(f"  in      {submitted.url}")
+        print(f"  follow  llmops logs -f {submitted.id}", flush=True)
+    if arguments.follow:
+        from llmops.cli.logs import follow
+
+        return follow(submitted)
+    return 0

@@ -1,0 +1,233 @@
+"""From a checked configuration to a job: what is written to the run directory, in which order, and what is then
+submitted.
+
+The order makes a launcher that dies at any moment harmless: the run and its submission are recorded before the
+scheduler is
+called, and whoever is first, launcher or job, registers the one job id that may run it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets as random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmops import __version__, agent_zip, backends
+from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
+from llmops.config.compose import Composed
+from llmops.config.schema import RunConfig, warning_seconds
+from llmops.config.schema import backend as backend_of
+from llmops.errors import ClusterError, UserError
+from llmops.job import JobSpec, RetryPolicy, StopPolicy
+from llmops.runs import records
+from llmops.runs.store import Store, default_runs_url, open_store
+
+MAX_NAME = 120
+UNKNOWN_AGENT = "0" * 20 + ".pyz"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could be submitted: nothing is written yet."""
+
+    composed: Composed
+    backend: Backend
+    run_id: str
+    name: str
+    runs: Store
+    runs_dir: Path
+    owner: str
+    host: str
+    created: float
+
+    @property
+    def config(self) -> RunConfig:
+        """The typed configuration."""
+        return self.composed.config
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self.runs_dir / self.run_id
+
+
+def prepare(composed: Composed, runs_url: str | None) -> Prepared:
+    """Choose the run's name, id and place, and ask the backend whether it can run at all."""
+    config = composed.config
+    name = check_name(config.name or (Path(config.command[0]).name if config.command else config.model.name))
+    backend = backends.load(backend_of(config))
+    url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")
+    if not url:
+        if backend.name != "local":
+            raise UserError(
+                f"runs_url is not set, and the {backend.name} backend has no default that every node could reach: "
+                "set runs_url=, --runs-url or LLMOPS_RUNS_URL to a folder on a shared file system"
+            )
+        url = default_runs_url()
+    runs = open_store(url)
+    if runs.local_path is None:
+        raise UserError(
+            f"runs_url={url}: the {backend.name} backend needs a folder; give a path on a shared file system"
+        )
+    backend.check(config.cluster, str(runs.local_path / "run"))
+    for secret in config.secrets:
+        if secret not in os.environ:
+            raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
+    now = time.time()
+    owner, host = records.whoami()
+    return Prepared(composed, backend, records.new_run_id(name, now), name, runs, runs.local_path, owner, host, now)
+
+
+def check_name(name: str) -> str:
+    """A name that people can read in a table and that no terminal takes for a command."""
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"name={name!r}: use printable characters, at least one of them no blank")
+    if len(name) > MAX_NAME:
+        raise UserError(f"name={name[:20]}…: {len(name)} characters are too many; {MAX_NAME} at most")
+    return name
+
+
+def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, archive: str | None) -> JobSpec:
+    """What the supervisor will run."""
+    config = prepared.config
+    python = config.cluster.python or sys.executable
+    trainer = [python, "-m", "llm.train", "--config", str(prepared.run_dir / config_path)]
+    values = {"runs_dir": str(prepared.runs_dir), "warning_s": warning_seconds(config)}
+    options = prepared.backend.options(config.cluster, values)
+    if config.secrets:
+        options["secrets_file"] = str(prepared.run_dir / "job" / f"{submission:04d}" / "secrets.json")
+    if archive is None:
+        options["work_dir"] = str(Path.cwd())
+    return JobSpec(
+        run_id=prepared.run_id,
+        name=prepared.name,
+        submission=submission,
+        tag=tag,
+        backend=prepared.backend.name,
+        run_url=str(prepared.run_dir),
+        nodes=config.cluster.nodes,
+        ranks_per_node=config.cluster.ranks_per_node,
+        command=config.command or trainer,
+        kind="command" if config.command else "llm",
+        python=python,
+        env=dict(config.env),
+        secrets=list(config.secrets),
+        threads_per_rank=config.train.threads_per_rank,
+        code_archive=archive,
+        retry=RetryPolicy(
+            max_no_progress=config.retry.max_no_progress,
+            max_failures=config.retry.max_failures,
+            backoff_s=config.retry.backoff_s,
+            backoff_max_s=config.retry.backoff_max_s,
+        ),
+        stop=StopPolicy(
+            save_s=config.checkpoint.save_seconds,
+            local_grace_s=config.stop.local_grace_s,
+            signal=config.stop.signal or ("SIGTERM" if config.command else None),
+            hang_s=config.stop.hang_s,
+        ),
+        options=options,
+    )
+
+
+def new_tag(run_id: str, submission: int) -> str:
+    """A job name that no other submission has, ever: what a submission without an answer is looked up by."""
+    return f"{run_id}.{submission}.{random.token_hex(4)}"
+
+
+def dry_run(prepared: Prepared) -> str:
+    """Exactly what would be submitted, but for the random parts of its names."""
+    archive = str(prepared.runs_dir / "code" / "SNAPSHOT.tar.gz") if prepared.config.code.enabled else None
+    spec = job_spec(prepared, 0, new_tag(prepared.run_id, 0), "config.yaml", archive)
+    agent = prepared.runs_dir / "agent" / agent_zip.build()[0]
+    return prepared.backend.render(prepared.config.cluster, spec, prepared.run_dir, agent)
+
+
+def start(prepared: Prepared) -> Store:
+    """Write the run and submit its first job. Returns the run's store."""
+    config = prepared.config
+    snapshot = None
+    if config.code.enabled:
+        from llmops import code
+
+        snapshot = code.snapshot(
+            Path(config.code.root) if config.code.root else None,
+            prepared.runs.url,
+            config.code.max_mb,
+            config.code.exclude,
+        )
+    record = records.RunRecord(
+        id=prepared.run_id,
+        name=prepared.name,
+        owner=prepared.owner,
+        host=prepared.host,
+        created=prepared.created,
+        backend=prepared.backend.name,
+        kind="command" if config.command else "llm",
+        command=list(config.command),
+        nodes=config.cluster.nodes,
+        ranks_per_node=config.cluster.ranks_per_node,
+        max_steps=None if config.command else config.train.max_steps,
+        code=records.Code(snapshot.sha256, snapshot.git_commit, snapshot.dirty) if snapshot else None,
+        version=__version__,
+    )
+    run = records.create_run(prepared.runs.url, record, prepared.composed.yaml_text.encode())
+    submit(prepared, run, 0, "config.yaml", str(snapshot.archive) if snapshot else None)
+    return run
+
+
+def submit(prepared: Prepared, run: Store, number: int, config_path: str, archive: str | None) -> None:
+    """Record submission ``number`` and hand it to the scheduler.
+
+    Raises :class:`UserError` when the scheduler refused it, and :class:`ClusterError` when it is not known whether it
+    took it.
+    """
+    tag = new_tag(prepared.run_id, number)
+    folder = prepared.run_dir / "job" / f"{number:04d}"
+    record = records.SubmissionRecord(
+        number=number, tag=tag, backend=prepared.backend.name, created=time.time(), config=config_path
+    )
+    spec = job_spec(prepared, number, tag, config_path, archive)
+    agent_name, agent_bytes = agent_zip.build()
+    agents = prepared.runs.sub("agent")
+    if not agents.exists(agent_name):
+        agents.create(agent_name, agent_bytes)
+    agent = prepared.runs_dir / "agent" / agent_name
+    text = prepared.backend.render(prepared.config.cluster, spec, prepared.run_dir, agent)
+    if not records.write_submission(run, record):
+        raise UserError(f"{prepared.run_id} is being resumed by somebody else just now; see `llmops status`")
+    job = run.sub(f"job/{number:04d}")
+    if prepared.config.secrets:
+        values = {name: os.environ[name] for name in prepared.config.secrets}
+        job.create("secrets.json", json.dumps(values).encode(), mode=0o600)
+    job.create("sbatch.sh" if prepared.backend.name == "slurm" else "command.txt", text.encode())
+    # The last object before the call: a submission without it was never sent.
+    job.create("spec.json", json.dumps(spec.to_json(), indent=1, sort_keys=True).encode())
+    try:
+        job_id = prepared.backend.submit(
+            Submission(spec, prepared.run_dir, agent, folder, hidden_env=prepared.config.secrets)
+        )
+    except Rejected as error:
+        records.write_failed(run, number, str(error))
+        raise UserError(f"{prepared.backend.name} refused the job: {error}") from error
+    except Ambiguous as error:
+        raise ClusterError(
+            f"{prepared.backend.name} did not answer ({error}), so it is not known whether it took the job; do not submit "
+            f"again: `llmops status {prepared.run_id}` will find it if it did, and `llmops resume {prepared.run_id}` sends "
+            "it again if it did not"
+        ) from error
+    records.register_job(run, number, job_id, "launcher")
+
+
+def stored_spec(run: Store, number: int) -> dict[str, Any] | None:
+    """The spec of a submission, or None when it was never sent."""
+    try:
+        value = json.loads(run.get(f"job/{number:04d}/spec.json"))
+    except FileNotFoundError:
+        return None
+    return value if isinstance(value, dict) else None
