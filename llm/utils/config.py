@@ -5,6 +5,7 @@ Every struct rejects unknown keys and wrong types; rules that span several keys 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -98,7 +99,7 @@ class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     save_seconds: PositiveFloat = 20.0
 
 
-class TrainingConfig(Struct, frozen=True, kw_only=True):
+class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """What ``python -m llm.train`` reads. Keys of the launcher in the same file are left to the launcher."""
 
     model: ModelConfig
@@ -107,6 +108,30 @@ class TrainingConfig(Struct, frozen=True, kw_only=True):
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+
+
+def load(source: str) -> TrainingConfig:
+    """Read the YAML at ``source``, a path or an fsspec URL. Top-level keys of the launcher are skipped, all others must be known.
+
+    Raises :class:`ConfigError`.
+    """
+    import yaml
+
+    try:
+        if "://" in source:
+            import fsspec
+
+            with fsspec.open(source, "r") as stream:
+                tree = yaml.safe_load(stream)
+        else:
+            tree = yaml.safe_load(Path(source).read_text())
+        return msgspec.convert(tree, TrainingConfig)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot read the config: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def check(config: Any, world_size: int) -> None:

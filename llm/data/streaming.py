@@ -1,0 +1,96 @@
+"""Training batches whose position is one integer: the number of global batches consumed.
+
+Which windows of the text global batch k holds follows from (seed, k) alone, never from the number of ranks or of loader
+processes. So a commit needs only k to continue exactly, also on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llm.data.permutation import mix, permute
+from llm.utils.config import ConfigError
+
+
+class Windows:
+    """Fixed windows over a text. Map-style: item k is this rank's rows of global batch k, uint8 (rows, seq_len + 1).
+
+    Window i starts at byte i x seq_len; its last byte is the first of the next window, the target of its last position. An
+    epoch visits each window once, in an order of its own; a global batch may hold the end of one epoch and the start of the next.
+    """
+
+    def __init__(
+        self, text: memoryview, seq_len: int, global_batch: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
+        self.count = (len(text) - 1) // seq_len  # windows in an epoch
+        if self.count < 1:
+            raise ConfigError(
+                f"train.seq_len={seq_len} is longer than the text's {len(text)} bytes: lower it or give more text"
+            )
+        rows = global_batch // world_size
+        self.rows = range(rank * rows, (rank + 1) * rows)
+        self.tokens = _view(text)
+
+    def window(self, row: int, batch: int) -> int:
+        """Index of the window in row ``row`` of global batch ``batch``."""
+        epoch, index = divmod(batch * self.global_batch + row, self.count)
+        return permute(index, self.count, mix(self.seed) + epoch)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        starts = [self.window(row, batch) * self.seq_len for row in self.rows]
+        return torch.stack([self.tokens[start : start + self.seq_len + 1] for start in starts])
+
+
+def held_out_batches(
+    text: memoryview, seq_len: int, global_batch: int, batches: int, rank: int, world_size: int
+) -> Iterator[Tensor]:
+    """This rank's rows of the first ``batches`` global batches of the held-out text, in order: (rows, seq_len + 1) each.
+
+    Fewer when the text is short; the last batch is cut so that every rank has equally many rows.
+    """
+    count = (len(text) - 1) // seq_len
+    tokens = _view(text)
+    for batch in range(batches):
+        first = batch * global_batch
+        rows = (min(first + global_batch, count) - first) // world_size
+        if rows < 1:
+            return
+        starts = [(first + rank * rows + row) * seq_len for row in range(rows)]
+        yield torch.stack([tokens[start : start + seq_len + 1] for start in starts])
+
+
+def batches(windows: Windows, start: int, stop: int, num_workers: int) -> Iterator[Tensor]:
+    """Items ``start`` .. ``stop`` - 1 of ``windows``, in order, fetched by ``num_workers`` processes (0 = none)."""
+    if num_workers == 0:
+        return (windows[batch] for batch in range(start, stop))
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        windows,  # type: ignore[arg-type]
+        batch_size=None,  # an item is already a batch
+        sampler=range(start, stop),
+        num_workers=num_workers,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork",  # a spawned worker would import torch again: seconds at every start
+    )
+    return iter(loader)
+
+
+def _ignore_signals(_: int) -> None:
+    """Some process trackers signal the whole tree: a worker that dies of it would take the rank down before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _view(text: memoryview) -> Tensor:
+    """The text as a tensor, without a copy. torch warns that it may not be written to; nothing here writes."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(text, dtype=torch.uint8)

@@ -1,0 +1,70 @@
+"""From a checked config to a running trainer: join the ranks, agree on what to resume, train, and leave."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch.distributed as dist
+
+from llm.train.checkpoint import Checkpointer
+from llm.train.control import Control
+from llm.train.dist import World, connect
+from llm.train.logging import Metrics
+from llm.train.loop import Trainer, prepare
+from llm.train.manifest import CheckpointError, Commit, folders, newest_commit
+from llm.utils.config import TrainingConfig
+from llm.utils.storage import Storage, open_storage
+
+
+def run_attempt(
+    config: TrainingConfig, run_url: str, control: Control, rank: int, size: int, local_rank: int, started: float
+) -> int:
+    """Train as rank ``rank`` of ``size``; returns the exit code."""
+    metrics = Metrics(active=rank == 0)
+    metrics.write("phase", at=started, phase="started")
+    metrics.write("phase", phase="imported")
+    prepare(config)
+    control.heartbeat("connect")
+    world = connect(config.dist, rank, size, local_rank)
+    metrics.write("phase", phase="distributed")
+    control.heartbeat("load")
+    storage = open_storage(run_url)
+    try:
+        attempt, generation, resume = agree(storage, world)
+        if rank == 0:
+            metrics.open(storage, attempt)
+        checkpointer = Checkpointer(storage, world, attempt, generation, config.checkpoint.keep_last)
+        trainer = Trainer(config, world, storage, control, metrics, checkpointer, resume)
+        metrics.write("phase", phase="loaded", step=trainer.step)
+        return trainer.run()
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if world.grouped:
+            dist.destroy_process_group()
+
+
+def agree(storage: Storage, world: World) -> tuple[int, int, Commit | None]:
+    """(attempt, generation, commit to resume from). Rank 0 looks; the others must not see a listing of their own."""
+    mine = [0] * 6
+    if world.rank == 0:
+        taken = folders(storage)
+        if (number := os.environ.get("LLMOPS_ATTEMPT")) is not None:
+            attempt = int(number)
+        else:
+            seen = [commit.attempt for commit in taken] + [
+                int(name) for name in storage.list("metrics") if name.isdigit()
+            ]
+            attempt = max(seen, default=-1) + 1
+        # Folders that this attempt left behind, whole or not, are never written again.
+        generation = max((commit.generation for commit in taken if commit.attempt == attempt), default=-1) + 1
+        given = os.environ.get("LLMOPS_RESUME_FROM")
+        resume = newest_commit(storage) if given is None else Commit.parse(given) if given else None
+        mine = [attempt, generation, resume is not None, 0, 0, 0]
+        if resume is not None:
+            mine[3:] = [resume.attempt, resume.generation, resume.step]
+    attempt, generation, has, *name = world.from_first(mine)
+    return attempt, generation, Commit(attempt=name[0], generation=name[1], step=name[2]) if has else None

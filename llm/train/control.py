@@ -1,0 +1,72 @@
+"""The control directory: how the supervisor on this node and its ranks talk. Standard library alone.
+
+    stop                the supervisor wants the run to save and leave; ranks look for it once a step
+    heartbeat.<rank>    what this rank is doing, replaced at each step
+    stopped.<rank>      the state is saved, after which step and where
+
+Without LLMOPS_CONTROL_DIR nobody watches: nothing is written, and SIGTERM takes the place of the stop file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from types import FrameType
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, state saved
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_signalled = False
+
+
+def settle_signals() -> None:
+    """Outlive signals that some process trackers send to every process of a job. Call it before any slow import.
+
+    Under a supervisor the stop file is what counts, so they are ignored. Alone, SIGTERM asks for a stop.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if "LLMOPS_CONTROL_DIR" not in os.environ:
+        signal.signal(signal.SIGTERM, _remember)
+
+
+def _remember(_number: int, _frame: FrameType | None) -> None:
+    global _signalled
+    _signalled = True
+
+
+class Control:
+    """One rank's side of the control directory."""
+
+    def __init__(self, rank: int, directory: str | None = None) -> None:
+        self.rank = rank
+        self.directory = directory
+        self.step: int | None = None
+        self.first_step: int | None = None
+        self._stop = os.path.join(directory, "stop") if directory else None
+
+    def stop_requested(self) -> bool:
+        """Has someone asked this rank to save and leave? A stat: microseconds."""
+        return _signalled or (self._stop is not None and os.path.exists(self._stop))
+
+    def heartbeat(self, phase: str, step: int | None = None) -> None:
+        """Tell the supervisor what this rank is doing. ``step`` is a step that this attempt has just finished."""
+        if step is not None:
+            self.step = step
+            if self.first_step is None:
+                self.first_step = step
+        record = {"step": self.step, "first_step": self.first_step, "phase": phase, "time": time.time()}
+        self._replace(f"heartbeat.{self.rank}", record)
+
+    def stopped(self, step: int, commit: str) -> None:
+        """Tell the supervisor that the state after ``step`` is saved in ``commit``."""
+        self._replace(f"stopped.{self.rank}", {"step": step, "commit": commit, "time": time.time()})
+
+    def _replace(self, name: str, record: dict[str, object]) -> None:
+        if self.directory is None:
+            return
+        aside = os.path.join(self.directory, f".{name}.{os.getpid()}")
+        with open(aside, "w") as stream:
+            json.dump(record, stream)
+        os.replace(aside, os.path.join(self.directory, name))

@@ -1,0 +1,290 @@
+"""The training loop, from a config to an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.data.source import load_text
+from llm.data.streaming import Windows, batches, held_out_batches
+from llm.data.tokenizer import load_tokenizer
+from llm.inference.generate import generate
+from llm.model.init import init_weights
+from llm.model.transformer import Transformer
+from llm.train.checkpoint import Checkpointer, Rows
+from llm.train.control import EXIT_STOPPED, Control
+from llm.train.dist import World, shard
+from llm.train.logging import Metrics
+from llm.train.manifest import Commit
+from llm.train.optim import AdamW, clip_coefficient, learning_rate
+from llm.utils.config import ConfigError, TrainingConfig
+from llm.utils.storage import Storage
+
+
+class Trainer:
+    """One attempt at a run on one rank. ``step`` counts finished updates, and with them the global batches consumed."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        world: World,
+        storage: Storage,
+        control: Control,
+        metrics: Metrics,
+        checkpointer: Checkpointer,
+        resume: Commit | None,
+    ) -> None:
+        self.config, self.world, self.storage = config, world, storage
+        self.control, self.metrics, self.checkpointer = control, metrics, checkpointer
+        self.dtype = getattr(torch, config.train.dtype)
+        self.text = load_text(config.data.source, config.data.validation_fraction)
+        train = config.train
+        self.windows = Windows(
+            self.text.train, train.seq_len, train.global_batch_size, train.seed, world.rank, world.size
+        )
+        with torch.device("meta"):  # no memory and no random numbers before the model is sharded
+            self.model = Transformer(config.model)
+        if world.grouped:
+            shard(self.model, self.model.blocks, world, self.dtype)
+        self.model.to_empty(device=world.device)
+        self.model.tie()
+        self.optimizer = AdamW(self.model, train)
+        self.step = 0
+        self.evaluated = -1  # the last step whose held-out loss is in the metrics
+        if resume is None:
+            init_weights(self.model, train.seed, config.model.n_layers)
+        else:
+            self.restore(self.checkpointer.load(resume, self.rows()))
+        self.saved = resume
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to the last step or to a stop request; returns the exit code."""
+        steps = self.config.train.max_steps
+        stop = self.world.any(self.control.stop_requested())
+        if not stop and self.due(self.config.eval.every_steps):  # a stop request had cut it short
+            stop = self.evaluate()
+        data = batches(self.windows, self.step, steps, self.config.data.num_workers)
+        while self.step < steps and not stop:
+            stop = self.train_step(next(data))
+            if not stop and self.due(self.config.eval.every_steps):
+                stop = self.evaluate()
+            if self.step % self.config.checkpoint.every_steps == 0 or self.step == steps:
+                self.save()
+        if stop:
+            return self.leave()
+        self.print_samples()
+        self.metrics.write("phase", phase="finished", step=self.step)
+        self.metrics.close()
+        self.control.heartbeat("finished")
+        return 0
+
+    def train_step(self, rows: Tensor) -> bool:
+        """One update from this rank's rows (R, seq_len + 1) of a global batch. Returns whether any rank was asked to stop."""
+        began = time.perf_counter()
+        config, world = self.config.train, self.world
+        global_tokens = config.global_batch_size * config.seq_len
+        loss_sum = torch.zeros((), device=world.device)
+        for micro in rows.split(config.micro_batch_size):
+            micro_sum = self.loss_sum(micro)
+            # FSDP averages gradients over ranks, and the loss is the mean over the tokens of all of them. Gradients are
+            # reduced after every micro-batch: holding them back would need a whole unsharded copy.
+            (micro_sum * (world.size / global_tokens)).backward()  # type: ignore[no-untyped-call]
+            loss_sum += micro_sum.detach()
+
+        with torch.no_grad():
+            gradients = self.optimizer.gradients()
+            squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in gradients]).sum()
+            # The step's one small reduction: the loss, the token count, the norm for clipping, and who wants to stop.
+            mine = torch.tensor([rows.shape[0] * config.seq_len, self.control.stop_requested()], dtype=torch.float64)
+            total = world.sum(torch.cat((torch.stack((loss_sum.double(), squares)), mine.to(world.device))))
+            loss, squares_sum, tokens, stops = total.tolist()
+            loss, norm = loss / tokens, squares_sum**0.5
+            if not torch.isfinite(total).all():
+                raise FloatingPointError(
+                    f"step {self.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. Lower train.lr "
+                    f"(now {config.lr}) or resume from an earlier checkpoint"
+                )
+            if (coefficient := clip_coefficient(norm, config.grad_clip)) < 1:
+                torch._foreach_mul_(gradients, coefficient)
+            lr = learning_rate(self.step + 1, config)
+            self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.control.heartbeat("train", self.step)
+        self.report(loss, norm, lr, time.perf_counter() - began)
+        return bool(stops)
+
+    def loss_sum(self, rows: Tensor) -> Tensor:
+        """Cross-entropy of every next token, summed, of rows (R, T + 1) of token ids."""
+        rows = rows.to(self.world.device, dtype=torch.int64)
+        logits = self.logits(rows[:, :-1])  # (R, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The model in its training precision: FSDP casts by itself, a plain model needs autocast."""
+        if self.world.grouped or self.dtype == torch.float32:
+            return self.model(tokens)  # type: ignore[no-any-return]
+        with torch.autocast(self.world.device.type, dtype=self.dtype):
+            return self.model(tokens)  # type: ignore[no-any-return]
+
+    def due(self, every: int) -> bool:
+        """Is the held-out loss wanted after this step, and not there yet?"""
+        last = self.step == self.config.train.max_steps
+        return self.step != self.evaluated and self.step > 0 and (last or (every > 0 and self.step % every == 0))
+
+    def evaluate(self) -> bool:
+        """Held-out loss. A stop request cuts it short, to be done after resuming: returns whether there was one."""
+        self.control.heartbeat("evaluate")
+        config, world = self.config, self.world
+        total = torch.zeros(3, dtype=torch.float64, device=world.device)
+        for rows in held_out_batches(
+            self.text.held_out,
+            config.train.seq_len,
+            config.train.global_batch_size,
+            config.eval.batches,
+            world.rank,
+            world.size,
+        ):
+            with torch.no_grad():
+                loss = sum(self.loss_sum(micro).double() for micro in rows.split(config.train.micro_batch_size))
+            mine = [float(loss), rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]
+            total += world.sum(torch.tensor(mine, dtype=torch.float64, device=world.device))
+            if total[2]:
+                return True
+        self.evaluated = self.step
+        if world.rank == 0 and total[1]:
+            value = float(total[0] / total[1])
+            self.metrics.write("eval", step=self.step, loss=value)
+            print(f"step {self.step:>7}  held-out loss {value:.4f}", flush=True)
+        return False
+
+    def report(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+        """The step's line in the metrics and in the log."""
+        config = self.config.train
+        if self.control.first_step == self.step:
+            self.metrics.write("phase", phase="first_step", step=self.step)
+        if self.world.rank or (self.step % config.log_every and self.step != config.max_steps):
+            return
+        tokens = config.global_batch_size * config.seq_len
+        self.metrics.write(
+            "step",
+            step=self.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=self.step * tokens,
+            tokens_per_s=tokens / seconds,
+            step_s=seconds,
+        )
+        print(
+            f"step {self.step:>7}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s",
+            flush=True,
+        )
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[Rows]:
+        """This rank's rows of everything that a checkpoint holds."""
+        with torch.no_grad():
+            return [Rows.of(name, data, whole) for name, data, whole in self.optimizer.state()]
+
+    def save(self) -> Commit:
+        """Commit the state after this step, and before it the metrics up to here."""
+        self.control.heartbeat("save")
+        began = time.perf_counter()
+        if self.world.rank == 0:
+            self.metrics.flush(durable=True)
+        state = {
+            "step": self.step,
+            "data_position": self.step,
+            "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
+            "evaluated": self.evaluated,
+            "data": self.data_identity(),
+            "config_sha256": config_digest(self.config),
+        }
+        self.saved = self.checkpointer.save(self.step, self.rows(), state)
+        self.metrics.write("phase", phase="saved", step=self.step, seconds=time.perf_counter() - began)
+        return self.saved
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a commit's state. Raises ConfigError when its data position means nothing in this stream."""
+        mine, theirs = self.data_identity(), state["data"]
+        if changed := [key for key in mine if mine[key] != theirs.get(key)]:
+            changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine[key]}" for key in changed)
+            raise ConfigError(
+                f"the checkpoint's data position belongs to other batches ({changes}): restore the values or start a new run"
+            )
+        if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
+            print("note: the config differs from the one this checkpoint was saved with", flush=True)
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.optimizer.steps = self.step
+
+    def data_identity(self) -> dict[str, Any]:
+        """Everything that decides which tokens a global batch holds."""
+        train = self.config.train
+        return {
+            "text": self.text.fingerprint,
+            "train.seq_len": train.seq_len,
+            "train.global_batch_size": train.global_batch_size,
+            "train.seed": train.seed,
+            "data.tokenizer": self.config.data.tokenizer,
+            "data.validation_fraction": self.config.data.validation_fraction,
+        }
+
+    def leave(self) -> int:
+        """A stop was requested: save unless this very state is saved already, say so, and stop."""
+        commit = self.saved if self.saved is not None and self.saved.step == self.step else self.save()
+        self.metrics.write("phase", phase="stopped", step=self.step)
+        self.metrics.close()
+        self.control.heartbeat("stopped")
+        self.control.stopped(self.step, commit.path)
+        return EXIT_STOPPED
+
+    def print_samples(self) -> None:
+        """Let the finished model write a few lines: in the log and in ``samples.txt``."""
+        config = self.config.eval
+        if not config.sample_prompts or not config.sample_tokens:
+            return
+        self.control.heartbeat("sample")
+        texts = generate(
+            self.logits,
+            load_tokenizer(self.config.data.tokenizer),
+            config.sample_prompts,
+            config.sample_tokens,
+            config.temperature,
+            self.config.model.max_seq_len,
+            torch.Generator().manual_seed(self.config.train.seed),
+            self.world.device,
+        )
+        if self.world.rank == 0:
+            page = "\n\n".join(texts) + "\n"
+            print(page, flush=True)
+            self.storage.replace("samples.txt", page.encode())
+
+
+def config_digest(config: TrainingConfig) -> str:
+    """SHA-256 of every value of the config."""
+    return hashlib.sha256(msgspec.json.encode(config, order="sorted")).hexdigest()
+
+
+def prepare(config: TrainingConfig) -> None:
+    """Threads, seeds and determinism, before anything is computed."""
+    torch.set_num_threads(config.train.threads_per_rank)
+    with contextlib.suppress(RuntimeError):  # may be set only once in a process
+        torch.set_num_interop_threads(1)
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Not use_deterministic_algorithms(): the same switch, but it imports the compiler's settings too.
+        torch.set_deterministic_debug_mode("error")
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,91 @@
+"""AdamW and its learning rate.
+
+torch.optim is not used: building any of its optimizers imports the compiler (torch._dynamo), one to four seconds of every
+start and restart. The update itself is the same fused kernel that torch.optim.AdamW(fused=True) calls, once for all tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from llm.utils.config import TrainConfig
+from llm.utils.sharding import local
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate of update ``step`` (1 = the first): linear warm-up to ``lr``, then a cosine to ``lr x min_lr_ratio`` at ``max_steps``."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    floor = config.lr * config.min_lr_ratio
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class AdamW:
+    """Decoupled weight decay on matrices, none on norm weights. Works on each rank's rows alone: no communication.
+
+    ``exp_avg`` and ``exp_avg_sq`` hold, for each parameter's name, this rank's rows. Build it after the model is sharded.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.steps = 0  # updates so far
+        self.parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            self.exp_avg = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
+            self.exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's rows of every gradient."""
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient and rows on this rank."""
+        self.steps += 1
+        for decay, names in self._groups():
+            parameters = [local(self.parameters[name]) for name in names]
+            count = torch.tensor(float(self.steps), device=parameters[0].device)
+            torch._fused_adamw_(
+                parameters,
+                [local(grad) for name in names if (grad := self.parameters[name].grad) is not None],
+                [self.exp_avg[name] for name in names],
+                [self.exp_avg_sq[name] for name in names],
+                [],  # maxima, for amsgrad only
+                [count] * len(names),
+                lr=lr,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                weight_decay=decay,
+                eps=self.config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients and their memory."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, this rank's rows, the parameter they belong to) of every tensor that a checkpoint needs, weights included."""
+        for name, parameter in self.parameters.items():
+            yield f"model.{name}", local(parameter), parameter
+            yield f"optim.exp_avg.{name}", self.exp_avg[name], parameter
+            yield f"optim.exp_avg_sq.{name}", self.exp_avg_sq[name], parameter
+
+    def _groups(self) -> Iterator[tuple[float, list[str]]]:
+        """Names with and without weight decay; a parameter of few rows may have none on this rank."""
+        live = {n: p for n, p in self.parameters.items() if p.grad is not None and self.exp_avg[n].numel()}
+        for decay, wanted in ((self.config.weight_decay, True), (0.0, False)):
+            if names := [name for name, p in live.items() if (p.dim() >= 2) is wanted]:
+                yield decay, names
+
+
+def clip_coefficient(norm: float, limit: float) -> float:
+    """What to multiply gradients of global ``norm`` by, so that it does not exceed ``limit`` (0 = no limit)."""
+    return 1.0 if limit == 0 or norm <= limit else limit / norm

@@ -1,0 +1,26 @@
+"""Which part of a tensor this rank holds. FSDP2 splits dimension 0 as ``torch.chunk`` does; a plain tensor is whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def chunk(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and one-past-last row of ``rank``; empty for the last ranks when there are few rows."""
+    size = -(-rows // world_size)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds, as a plain tensor that shares memory. Call it without gradient tracking."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Range of rows of the global tensor that :func:`local` returns; (0, 1) for a scalar."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return 0, rows
+    return chunk(rows, mesh.get_local_rank(), mesh.size())
