@@ -18,14 +18,16 @@ KEEP = 200  # entries
 _SUFFIX = ".cfg"
 
 
-def folder() -> Path:
-    """``$LLMOPS_CACHE_DIR``, else llmops' own in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+def folder() -> Path | None:
+    """``$LLMOPS_CACHE_DIR``, else ``llmops`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; ``None`` without a home."""
     chosen = os.environ.get("LLMOPS_CACHE_DIR")
     if chosen:
         return Path(chosen) / "config"
     # Not through platformdirs: importing it costs more than reading an entry does.
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(shared if Path(shared).is_absolute() else Path("~/.cache").expanduser()) / "llmops" / "config"
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not shared.is_absolute():
+        shared = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111 - Path.expanduser fails where there is no home
+    return shared / "llmops" / "config" if shared.is_absolute() else None
 
 
 def digest(parts: Iterable[tuple[str, bytes]], overrides: Sequence[str]) -> str:
@@ -39,8 +41,11 @@ def digest(parts: Iterable[tuple[str, bytes]], overrides: Sequence[str]) -> str:
 
 def load(key: str) -> tuple[dict[str, Any], str] | None:
     """The data and the text that :func:`save` got, or ``None``."""
+    target = folder()
+    if target is None:
+        return None
     try:
-        content = (folder() / f"{key}{_SUFFIX}").read_bytes()
+        content = (target / f"{key}{_SUFFIX}").read_bytes()
     except OSError:
         return None  # absent, or a cache that cannot be read: compose
     check, _, rest = content.partition(b"\n")
@@ -55,6 +60,8 @@ def save(key: str, data: dict[str, Any], text: str) -> None:
     rest = msgspec.json.encode(data) + b"\n" + text.encode()
     content = hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
     target = folder()
+    if target is None:
+        return
     with contextlib.suppress(OSError):
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
         aside = target / f".{key[:16]}.{os.urandom(4).hex()}"

@@ -88,7 +88,12 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     from llmops.config import errors  # its tables are of use only now
 
     groups.check_yaml(files)
-    arguments = override_text.as_typed(overrides, errors.text_keys() | files.options().keys())
+    options = files.options().keys()
+    for override in overrides:
+        key = override_text.key_of(override)
+        if key in options and key in RunConfig.__struct_fields__ and (override[0] == "~" or override.endswith("=null")):
+            raise UserError(f"override {override}: a run needs this group; choose one of its options")
+    arguments = override_text.as_typed(overrides, errors.text_keys() | options, errors.list_keys())
     if len(files.folders) > 1:
         arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
     cluster = None

@@ -35,6 +35,11 @@ def text_keys() -> set[str]:
     return {key for key, kind in schema_keys().items() if kind is str or set(get_args(kind)) == {str, type(None)}}
 
 
+def list_keys() -> set[str]:
+    """Keys whose value is a list of texts."""
+    return {key for key, kind in schema_keys().items() if kind == list[str]}
+
+
 def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str | None) -> UserError:
     """The error for a key that no configuration has."""
     shown = place(key, groups, overrides)
@@ -106,6 +111,9 @@ def from_hydra(error: Exception, groups: Groups, overrides: Sequence[str], clust
         if "No match in the defaults list" in message or "/" in key:
             return UserError(f"{place(key, groups, overrides)}: {key} is no group that can be chosen here; remove it")
         return unknown_key(key, groups, overrides, cluster)
+    added = re.search(r"Multiple values for ([\w/]+)", message)
+    if added:
+        return UserError(f"{place(added[1], groups, overrides)}: {added[1]} has one value already; write it without +")
     if "Ambiguous value" in message or "requires --multirun" in message:
         override = next((text for text in overrides if f"'{text}'" in message), message.split("'")[1])
         return UserError(
@@ -151,11 +159,7 @@ def _missing(path: str, groups: Groups, overrides: Sequence[str]) -> UserError:
 
 
 def _malformed(override: str) -> str:
-    if "=" not in override:
-        return f"override {override!r} is not of the form key=value; add the = and a value"
-    key, value = override.split("=", 1)
-    if not re.fullmatch(r"[~+]{0,2}[\w/.@$-]+", key):
-        return f"override {override!r}: {key!r} is not a key; expected key=value with a dotted key such as train.lr"
+    key, _, value = override.partition("=")
     return (
         f"override {override!r}: the value {value!r} cannot be read; quote text with other than letters, digits and "
         f"/-+.$%*@?|, as {key}=\"'...'\" in a shell"

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmops.errors import UserError
 
+_KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_$][\w$-]*([./][\w$][\w$-]*)*(@[\w.]*)?")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -21,13 +22,14 @@ def assign(key: str, value: Any) -> str:
     return f"{key}={_grammar(value)}"
 
 
-def as_typed(overrides: Sequence[str], text_keys: Collection[str]) -> list[str]:
+def as_typed(overrides: Sequence[str], text_keys: Collection[str], list_keys: Collection[str] = ()) -> list[str]:
     """Quote the values of keys that hold text or choose an option, and let ``env.NAME=value`` add a variable.
 
     Hydra's grammar reads ``1e3``, ``n[1-3]`` and ``a,b`` as a number, a list and a sweep; in an account, a node list or
-    a comment they are just text. Values that are quoted already and ``null`` are left alone.
+    a comment they are just text, and so are the items of ``[--licenses=foo,10]`` in a list. ``null`` and what is quoted
+    already is left alone.
     """
-    return [_as_typed(override, text_keys) for override in overrides]
+    return [_as_typed(override, text_keys, list_keys) for override in overrides]
 
 
 def key_of(override: str) -> str:
@@ -41,6 +43,11 @@ def check_text(overrides: Sequence[str]) -> None:
         shown = override.encode("utf-8", "backslashreplace").decode()
         if shown != override or "\0" in override:
             raise UserError(f"override {shown!r}: only UTF-8 text without NUL can be stored; remove the other bytes")
+        key, equals, _ = override.partition("=")
+        if not equals and not override.startswith("~"):
+            raise UserError(f"override {override!r} is not of the form key=value; add the = and a value")
+        if not _KEY.fullmatch(key):
+            raise UserError(f"override {override!r}: {key!r} is not a key; expected a dotted one such as train.lr")
         if re.match(r"hydra[./=@]", override.lstrip("+~")):
             raise UserError(f"override {override}: hydra.* has no effect here; remove it")
         if "@" in override.split("=", 1)[0]:
@@ -71,12 +78,15 @@ def resolver_calls(text: str) -> list[str]:
     return names
 
 
-def _as_typed(override: str, text_keys: Collection[str]) -> str:
+def _as_typed(override: str, text_keys: Collection[str], list_keys: Collection[str]) -> str:
     name, equals, value = override.partition("=")
     key = name.lstrip("+")
     is_env = key.startswith("env.")
     if equals and key == "env":
         return f"++{key}={value}"  # it has no keys of its own, so Hydra would refuse new ones
+    items = re.fullmatch(r"\[([^\[\]{}'\"\\]+)\]", value.strip())
+    if items and key in list_keys:
+        return f"{name}=[{','.join(_quote(item.strip()) for item in items[1].split(','))}]"
     if not equals or (key not in text_keys and not is_env):
         return override
     if is_env:

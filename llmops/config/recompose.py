@@ -40,12 +40,12 @@ def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    from llmops.config.errors import text_keys
+    from llmops.config.errors import list_keys, text_keys
     from llmops.config.overrides import as_typed, check_text
 
     check_text(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(as_typed(overrides, text_keys()))
+        parsed = OverridesParser.create().parse_overrides(as_typed(overrides, text_keys(), list_keys()))
     except OverrideParseException as error:
         raise UserError(f"override {error.override}: not of the form key=value; correct or quote it") from error
     for override, shown in zip(parsed, overrides, strict=True):
