@@ -9,8 +9,8 @@ ROUNDS = 6
 def permute(index: int, n: int, key: int) -> int:
     """Position of ``index`` in a pseudo-random permutation of range(n) that ``key`` selects.
 
-    A Feistel network permutes the next power of four; a result outside range(n) is fed back until it falls inside, which
-    takes four tries at the worst on average and keeps the map one to one.
+    A Feistel network permutes the next power of four; a result outside range(n) is fed back until it falls inside,
+    which takes at most four tries on average and keeps the map one to one.
     """
     if not 0 <= index < n:
         raise IndexError(f"{index} is outside range({n})")

@@ -43,7 +43,7 @@ def _read(source: str) -> memoryview:
         import fsspec
 
         try:
-            with fsspec.open(source, "rb") as stream:
+            with fsspec.open(source, "rb") as stream:  # type: ignore[no-untyped-call]
                 return memoryview(stream.read())
         except FileNotFoundError as error:
             raise ConfigError(f"data.source={source}: there is no such object") from error

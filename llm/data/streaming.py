@@ -19,8 +19,8 @@ from llm.utils.config import ConfigError
 class Windows:
     """Fixed windows over a text. Map-style: item k is this rank's rows of global batch k, uint8 (rows, seq_len + 1).
 
-    Window i starts at byte i x seq_len; its last byte is the first of the next window, the target of its last position. An
-    epoch visits each window once, in an order of its own; a global batch may hold the end of one epoch and the start of the next.
+    Window i starts at byte i x seq_len; its last byte is also the first of the next window: the target of its last
+    position. An epoch visits each window once, in an order of its own; a global batch may span two epochs.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Windows:
 def held_out_batches(
     text: memoryview, seq_len: int, global_batch: int, batches: int, rank: int, world_size: int
 ) -> Iterator[Tensor]:
-    """This rank's rows of the first ``batches`` global batches of the held-out text, in order: (rows, seq_len + 1) each.
+    """This rank's rows of the first ``batches`` batches of the held-out text, in order: (rows, seq_len + 1) each.
 
     Fewer when the text is short; the last batch is cut so that every rank has equally many rows.
     """
@@ -70,7 +70,7 @@ def batches(windows: Windows, start: int, stop: int, num_workers: int) -> Iterat
         return (windows[batch] for batch in range(start, stop))
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
+    loader: DataLoader[Tensor] = DataLoader(
         windows,  # type: ignore[arg-type]
         batch_size=None,  # an item is already a batch
         sampler=range(start, stop),
@@ -82,7 +82,7 @@ def batches(windows: Windows, start: int, stop: int, num_workers: int) -> Iterat
 
 
 def _ignore_signals(_: int) -> None:
-    """Some process trackers signal the whole tree: a worker that dies of it would take the rank down before it has saved."""
+    """Some process trackers signal the whole tree: a worker that died of it would take its rank down, unsaved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

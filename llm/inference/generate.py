@@ -23,8 +23,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt by ``new_tokens`` tokens; ``temperature`` 0 always takes the likeliest.
 
-    All prompts run in one batch, padded on the right: causal attention never looks there. Under FSDP every rank calls this with
-    the same arguments and gets the same text. Once a text is longer than ``max_seq_len`` the model sees only its end.
+    All prompts run in one batch, padded on the right: causal attention never looks there. Under FSDP every rank calls
+    this with the same arguments and gets the same text. Of a text longer than ``max_seq_len`` the model sees the end.
     """
     texts = [tokenizer.encode(prompt) or [0] for prompt in prompts]  # an empty prompt starts from token 0
     for _ in range(new_tokens):

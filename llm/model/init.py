@@ -15,8 +15,8 @@ EMBEDDING_STD = 0.02
 def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
     """Fill every parameter in place; sharded parameters get their slice of the full tensor.
 
-    Each tensor has its own generator, keyed by its name, on the CPU: neither the number of ranks, nor the order of modules,
-    nor the kind of device changes a value. Costs the memory of the largest tensor.
+    Each tensor has its own generator, keyed by its name, on the CPU: neither the number of ranks, nor the order of
+    modules, nor the kind of device changes a value. Costs the memory of the largest tensor.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -28,16 +28,13 @@ def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
 def initial_value(name: str, shape: tuple[int, ...], seed: int, n_layers: int) -> Tensor:
     """The full float32 tensor that ``name`` starts from.
 
-    Matrices: normal with 1/sqrt(fan-in). The two that write into the residual stream are smaller by sqrt(2 x layers), so that
-    the stream's variance does not grow with depth. Norm weights: one.
+    Matrices: normal with 1/sqrt(fan-in). The two that write into the residual stream are smaller by sqrt(2 x layers),
+    so that the stream's variance does not grow with depth. Norm weights: one.
     """
     full = torch.ones(shape)
     if full.dim() < 2:
         return full
-    if name == "embedding.weight":
-        std = EMBEDDING_STD
-    else:
-        std = shape[1] ** -0.5  # nn.Linear's weight is (out, in)
+    std = EMBEDDING_STD if name == "embedding.weight" else shape[1] ** -0.5  # a linear weight is (out, in)
     if name.endswith(("attention.wo.weight", "ffn.down.weight")):
         std /= (2 * n_layers) ** 0.5
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -1,4 +1,4 @@
-"""Building blocks of the decoder. Shapes: B rows, T positions, D model width, H query heads, K key/value heads, E head size."""
+"""Parts of the decoder. Shapes: B rows, T positions, D width, H query heads, K key/value heads, E head size."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A matrix (out, in) without bias, left unfilled: values come from ``llm.model.init`` or a checkpoint.
+
+    What torch would draw here is thrown away, and on the meta device the drawing alone imports the compiler.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
+class Embedding(nn.Embedding):
+    """A row of width D for each token; unfilled, for the same reasons."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
 class RMSNorm(nn.Module):
     """Scale every position to unit root mean square, times a learned weight (D)."""
 
@@ -46,10 +66,10 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.dim // config.n_heads
-        self.wq = nn.Linear(config.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, self.n_heads * self.head_dim)
+        self.wk = Linear(config.dim, self.n_kv_heads * self.head_dim)
+        self.wv = Linear(config.dim, self.n_kv_heads * self.head_dim)
+        self.wo = Linear(self.n_heads * self.head_dim, config.dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
@@ -66,9 +86,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llm.model.layers import Block, RMSNorm, rotary_table
+from llm.model.layers import Block, Embedding, Linear, RMSNorm, rotary_table
 from llm.utils.config import ModelConfig
 
 
 class Transformer(nn.Module):
-    """Llama-style decoder. Build it on the meta device and fill it with ``llm.model.init.init_weights`` or a checkpoint."""
+    """Llama-style decoder. Build it on the meta device, then fill it by ``init_weights`` or from a checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         self.tie()
 
     def tie(self) -> None:
-        """Make head and embedding one tensor (V, D), where the config says so. ``to_empty`` parts them: call it again then."""
+        """Make head and embedding one (V, D) if the config says so. ``to_empty`` parts them: call it again then."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, T, V) of ``tokens`` (B, T), T at most ``max_seq_len``."""
-        T = tokens.shape[1]
-        if T > self.config.max_seq_len:
-            raise ValueError(f"{T} positions, but model.max_seq_len={self.config.max_seq_len}")
+        positions = tokens.shape[1]
+        if positions > self.config.max_seq_len:
+            raise ValueError(f"{positions} positions, but model.max_seq_len={self.config.max_seq_len}")
         head_dim = self.config.dim // self.config.n_heads
-        cos, sin = rotary_table(T, head_dim, self.config.rope_theta, tokens.device)  # (T, E/2) each
+        cos, sin = rotary_table(positions, head_dim, self.config.rope_theta, tokens.device)  # (T, E/2) each
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
             x = block(x, cos, sin)

@@ -89,8 +89,8 @@ class Checkpointer:
     def load(self, commit: Commit, tensors: Iterable[Rows]) -> dict[str, Any]:
         """Fill ``tensors`` from ``commit``, saved by any number of ranks, and return its state.
 
-        The random generators continue where they were when the number of ranks is the same. Raises CheckpointError that names
-        the file, and the tensor, of anything missing or damaged.
+        The random generators continue where they were when the number of ranks is the same. Raises CheckpointError
+        that names the file, and the tensor, of anything missing or damaged.
         """
         manifest = read_manifest(self.storage, commit)
         parts = [self._read_part(commit, entry) for entry in manifest.parts]
@@ -222,7 +222,7 @@ class Checkpointer:
         return chain[::-1]
 
     def _forget_old(self) -> None:
-        """Keep the last ``keep_last`` commits of the chain. What an older attempt wrote beside the chain is left alone."""
+        """Keep the last ``keep_last`` commits of the chain. What an older attempt wrote beside it is left alone."""
         while len(self.chain) > self.keep_last:
             try:
                 delete(self.storage, self.chain[0])
@@ -264,7 +264,7 @@ def _pieces(header: bytes, rows: list[Rows], checksums: dict[str, int]) -> Itera
     yield header
     for row in rows:
         flat = row.data.cpu().contiguous().view(-1).view(torch.uint8)
-        data = memoryview(flat.numpy())
+        data = flat.numpy().data
         checksums[row.name] = zlib.crc32(data)
         yield data
 

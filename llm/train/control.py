@@ -13,6 +13,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, state saved
@@ -41,14 +43,13 @@ class Control:
 
     def __init__(self, rank: int, directory: str | None = None) -> None:
         self.rank = rank
-        self.directory = directory
+        self.directory = Path(directory) if directory else None
         self.step: int | None = None
         self.first_step: int | None = None
-        self._stop = os.path.join(directory, "stop") if directory else None
 
     def stop_requested(self) -> bool:
         """Has someone asked this rank to save and leave? A stat: microseconds."""
-        return _signalled or (self._stop is not None and os.path.exists(self._stop))
+        return _signalled or (self.directory is not None and (self.directory / "stop").exists())
 
     def heartbeat(self, phase: str, step: int | None = None) -> None:
         """Tell the supervisor what this rank is doing. ``step`` is a step that this attempt has just finished."""
@@ -63,10 +64,9 @@ class Control:
         """Tell the supervisor that the state after ``step`` is saved in ``commit``."""
         self._replace(f"stopped.{self.rank}", {"step": step, "commit": commit, "time": time.time()})
 
-    def _replace(self, name: str, record: dict[str, object]) -> None:
+    def _replace(self, name: str, record: Mapping[str, object]) -> None:
         if self.directory is None:
             return
-        aside = os.path.join(self.directory, f".{name}.{os.getpid()}")
-        with open(aside, "w") as stream:
-            json.dump(record, stream)
-        os.replace(aside, os.path.join(self.directory, name))
+        aside = self.directory / f".{name}.{os.getpid()}"
+        aside.write_text(json.dumps(record))
+        aside.replace(self.directory / name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,19 +43,17 @@ class World:
 
 
 def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
-    """Choose the device and join the other ranks. A process group is made even for one rank of ``fsdp``."""
+    """Choose the device and join the other ranks. One rank alone needs no process group, whatever the mode."""
     cuda = config.backend == "nccl" or (config.backend == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if config.mode == "single":
+    if size == 1:
         return World(rank, size, local_rank, device, grouped=False)
     options: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.timeout_s)}
     if cuda:
         options["device_id"] = device
-    if size == 1:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         # All ranks are on this machine: its own name may resolve to an address that is not reachable.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(**options)
@@ -66,41 +63,18 @@ def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
 def shard(model: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
     """FSDP2: each block is a unit of its own, gathered for its own forward and backward; the root holds the rest.
 
-    Weights and reductions stay float32; blocks compute in ``dtype``.
+    Weights and reductions stay float32; blocks compute in ``dtype``. The first shard costs most of a second: DTensor works
+    out shapes with fake tensors, and those import torch's compiler. One rank alone never comes here and never pays.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    _do_without_compiler()
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary table stays float32; what else enters a block has its dtype already
+    )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def _do_without_compiler() -> None:
-    """Take torch.compile's guards off the hooks of FSDP2 and DTensor.
-
-    The guards tell the compiler to look away, and to say so they import it: a second of every start, four on a busy node.
-    Nothing is compiled here. Where a version of torch has none of these names, the import happens and all else is equal.
-    """
-    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state, _fully_shard
-    from torch.distributed.tensor import DTensor
-
-    decorator = getattr(_fsdp_common, "_dynamo_disable", None)
-    owners = (_fsdp_state.FSDPState, _fsdp_param_group.FSDPParamGroup, _fully_shard.FSDPModule)
-    if decorator is not None:
-        for owner in owners:
-            _unwrap(owner, decorator)
-        _fsdp_state._dynamo_disable = lambda hook: hook  # decorates hooks when a module is sharded
-    if (decorator := getattr(torch, "_disable_dynamo", None)) is not None:
-        _unwrap(DTensor, decorator)
-
-
-def _unwrap(owner: type, decorator: Any) -> None:
-    """Undo ``decorator`` on every method of ``owner``. All its wrappers share one code object: that is how they are known."""
-    code = decorator(lambda: None).__code__
-    for name, method in list(vars(owner).items()):
-        if isinstance(method, FunctionType) and method.__code__ is code:
-            setattr(owner, name, method.__wrapped__)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Metrics of a run, one JSON object a line, in numbered parts: ``metrics/<attempt>/000000.jsonl``. Rank 0 alone writes."""
+"""Metrics of a run: JSON lines in numbered parts, ``metrics/<attempt>/000000.jsonl``. Rank 0 alone writes."""
 
 from __future__ import annotations
 

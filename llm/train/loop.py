@@ -89,12 +89,12 @@ class Trainer:
         return 0
 
     def train_step(self, rows: Tensor) -> bool:
-        """One update from this rank's rows (R, seq_len + 1) of a global batch. Returns whether any rank was asked to stop."""
+        """One update from this rank's rows (R, seq_len + 1) of a global batch. Returns whether to stop."""
         began = time.perf_counter()
         config, world = self.config.train, self.world
         global_tokens = config.global_batch_size * config.seq_len
         loss_sum = torch.zeros((), device=world.device)
-        for micro in rows.split(config.micro_batch_size):
+        for micro in torch.split(rows, config.micro_batch_size):
             micro_sum = self.loss_sum(micro)
             # FSDP averages gradients over ranks, and the loss is the mean over the tokens of all of them. Gradients are
             # reduced after every micro-batch: holding them back would need a whole unsharded copy.
@@ -156,8 +156,8 @@ class Trainer:
             world.size,
         ):
             with torch.no_grad():
-                loss = sum(self.loss_sum(micro).double() for micro in rows.split(config.train.micro_batch_size))
-            mine = [float(loss), rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]
+                loss = sum(float(self.loss_sum(micro)) for micro in torch.split(rows, config.train.micro_batch_size))
+            mine = [loss, rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]
             total += world.sum(torch.tensor(mine, dtype=torch.float64, device=world.device))
             if total[2]:
                 return True
@@ -222,7 +222,8 @@ class Trainer:
         if changed := [key for key in mine if mine[key] != theirs.get(key)]:
             changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine[key]}" for key in changed)
             raise ConfigError(
-                f"the checkpoint's data position belongs to other batches ({changes}): restore the values or start a new run"
+                f"the checkpoint's data position belongs to other batches ({changes}): "
+                "restore the values or start a new run"
             )
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)

@@ -25,11 +25,11 @@ _COMMIT = re.compile(r"checkpoints/step_(\d{8,})/(\d{4,})-(\d{4,})")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or trusted. One line that names the file and, where there is one, the tensor."""
+    """A checkpoint that cannot be written or trusted. One line that names the file and, if any, the tensor."""
 
 
 class Commit(msgspec.Struct, frozen=True, order=True):
-    """Name of a checkpoint. Ordered as resume wants it: a newer attempt continues the chain, whatever an older one wrote since."""
+    """Name of a checkpoint. Ordered for resuming: a newer attempt counts, whatever an older one has written since."""
 
     attempt: int
     generation: int
@@ -148,12 +148,8 @@ def read_manifest(storage: Storage, commit: Commit) -> Manifest:
 
 def folders(storage: Storage) -> list[Commit]:
     """Every checkpoint folder, committed or not, oldest first."""
-    found = []
-    for step in storage.list(ROOT):
-        for name in storage.list(f"{ROOT}/{step}"):
-            if _COMMIT.fullmatch(path := f"{ROOT}/{step}/{name}"):
-                found.append(Commit.parse(path))
-    return sorted(found)
+    paths = [f"{ROOT}/{step}/{name}" for step in storage.list(ROOT) for name in storage.list(f"{ROOT}/{step}")]
+    return sorted(Commit.parse(path) for path in paths if _COMMIT.fullmatch(path))
 
 
 def commits(storage: Storage) -> list[Commit]:

@@ -1,7 +1,8 @@
 """AdamW and its learning rate.
 
-torch.optim is not used: building any of its optimizers imports the compiler (torch._dynamo), one to four seconds of every
-start and restart. The update itself is the same fused kernel that torch.optim.AdamW(fused=True) calls, once for all tensors.
+torch.optim is not used: building any of its optimizers imports torch's compiler, a second or more of every start and
+restart, and its update sends each sharded tensor through DTensor's dispatch. This one calls the same fused kernel as
+torch.optim.AdamW(fused=True), once for all of a rank's rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from llm.utils.sharding import local
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of update ``step`` (1 = the first): linear warm-up to ``lr``, then a cosine to ``lr x min_lr_ratio`` at ``max_steps``."""
+    """Rate of update ``step`` (1 = the first): warm-up to ``lr``, then a cosine to ``lr x min_lr_ratio``."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -28,7 +29,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 class AdamW:
     """Decoupled weight decay on matrices, none on norm weights. Works on each rank's rows alone: no communication.
 
-    ``exp_avg`` and ``exp_avg_sq`` hold, for each parameter's name, this rank's rows. Build it after the model is sharded.
+    ``exp_avg`` and ``exp_avg_sq`` hold this rank's rows for each parameter's name. Build it after the model is sharded.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -72,7 +73,7 @@ class AdamW:
             parameter.grad = None
 
     def state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, this rank's rows, the parameter they belong to) of every tensor that a checkpoint needs, weights included."""
+        """(name, this rank's rows, the parameter they belong to) of all that a checkpoint needs, weights included."""
         for name, parameter in self.parameters.items():
             yield f"model.{name}", local(parameter), parameter
             yield f"optim.exp_avg.{name}", self.exp_avg[name], parameter

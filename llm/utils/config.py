@@ -73,7 +73,7 @@ class DistConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the text comes from. ``embedded:shakespeare`` ships with the package; anything else is an fsspec URL or path."""
+    """Where the text comes from. ``embedded:shakespeare`` ships with the package; else a path or an fsspec URL."""
 
     source: str
     tokenizer: Literal["bytes"] = "bytes"
@@ -111,7 +111,7 @@ class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
 
 
 def load(source: str) -> TrainingConfig:
-    """Read the YAML at ``source``, a path or an fsspec URL. Top-level keys of the launcher are skipped, all others must be known.
+    """Read the YAML at ``source``, a path or an fsspec URL. The launcher's top-level keys are skipped.
 
     Raises :class:`ConfigError`.
     """
@@ -121,7 +121,7 @@ def load(source: str) -> TrainingConfig:
         if "://" in source:
             import fsspec
 
-            with fsspec.open(source, "r") as stream:
+            with fsspec.open(source, "r") as stream:  # type: ignore[no-untyped-call]
                 tree = yaml.safe_load(stream)
         else:
             tree = yaml.safe_load(Path(source).read_text())
@@ -137,7 +137,7 @@ def load(source: str) -> TrainingConfig:
 def check(config: Any, world_size: int) -> None:
     """Refuse combinations that cannot train on ``world_size`` ranks.
 
-    ``config`` has the fields of :class:`TrainingConfig`. Raises :class:`ConfigError` naming the key, the value and the remedy.
+    ``config`` has the fields of :class:`TrainingConfig`. Raises :class:`ConfigError`: the key, the value, the remedy.
     """
     model, train, dist = config.model, config.train, config.dist
     if model.dim % model.n_heads:
@@ -154,7 +154,8 @@ def check(config: Any, world_size: int) -> None:
         )
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
-            f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: lower the first or raise the second"
+            f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
+            "lower the first or raise the second"
         )
     if dist.mode == "single" and world_size != 1:
         raise ConfigError(f"dist.mode=single runs on one rank, not {world_size}: use dist=fsdp or one rank")

@@ -91,7 +91,7 @@ class LocalStorage:
 
     def list(self, path: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self.path(path)) if not name.startswith("."))
+            return sorted(entry.name for entry in self.path(path).iterdir() if not entry.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -122,7 +122,7 @@ class ObjectStorage:
 
         self.url = url.rstrip("/")
         self.fs: Any
-        self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        self.fs, self.root = fsspec.core.url_to_fs(self.url)  # type: ignore[no-untyped-call]
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
         with self.fs.open(self._key(path), "wb") as stream:
@@ -138,7 +138,7 @@ class ObjectStorage:
                 raise FileExistsError(f"{self.url}/{path}") from None
             self.fs.pipe_file(key, data)
         except OSError as error:
-            # Some S3 servers' refusal reaches us as a plain OSError; and a put whose answer was lost may have succeeded.
+            # Some S3 servers' refusal comes as a plain OSError, and a put whose answer was lost may have succeeded.
             self.fs.invalidate_cache()
             if not self.fs.exists(key):
                 raise
