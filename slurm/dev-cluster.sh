@@ -422,12 +422,11 @@ main() {
   [[ $# -eq 1 ]] || { usage >&2; exit 2; }
   [[ $EUID -eq 0 ]] || refuse "needs root: it starts daemons that run jobs as other users"
   cd /
-  refuse_foreign
   if [[ $1 != status ]]; then
     exec 9>"$lock"
     flock -w 300 9 || fail "waited 300 s for another $0 to end (lock $lock)"
-    refuse_foreign
   fi
+  refuse_foreign
   "$1"
 }
 

@@ -1,0 +1,186 @@
+"""Plain functions that tests use to drive the development cluster (slurm/dev-cluster.sh)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+SCRIPT = Path(__file__).parents[2] / "slurm" / "dev-cluster.sh"
+STATE_DIR = Path(os.environ.get("LLMOPS_SLURM_DIR", "/var/lib/llmops-slurm"))
+NODES = ("n1", "n2", "n3", "n4")
+CPUS_PER_NODE = 2
+
+T = TypeVar("T")
+
+
+def run(
+    cmd: Sequence[str],
+    timeout: float = 30,
+    *,
+    check: bool = True,
+    user: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str | None = None,
+    input: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, optionally as another user; its output comes back as text.
+
+    Raises AssertionError with the command's output when `check` is set and it fails, TimeoutExpired after `timeout` s.
+    """
+    result = subprocess.run(
+        list(cmd),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        user=user,
+        env=env,
+        cwd=cwd,
+        input=input,
+        check=False,
+    )
+    assert not check or result.returncode == 0, (
+        f"{list(cmd)} returned {result.returncode}: {result.stderr or result.stdout}"
+    )
+    return result
+
+
+def dev_cluster(command: str, timeout: float = 600) -> str:
+    """Run slurm/dev-cluster.sh up|down|status|reset and return what it printed."""
+    return run([str(SCRIPT), command], timeout).stdout
+
+
+def wait_for(predicate: Callable[[], T], timeout: float, what: str) -> T:
+    """Poll until `predicate()` is true and return its value.
+
+    Raises AssertionError that names what was awaited and the last value seen after `timeout` s.
+    """
+    deadline = time.monotonic() + timeout
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}; last seen: {value!r}"
+        time.sleep(0.1)
+    return value
+
+
+def submit(
+    script: str, *options: str, user: str | None = None, cwd: Path | str = "/tmp", env: Mapping[str, str] | None = None
+) -> str:
+    """Submit the text of a batch script (a `#!` line is added if it has none) and return the job id.
+
+    Without an --output among the options what the job prints goes nowhere.
+    """
+    if not script.startswith("#!"):
+        script = "#!/bin/bash\n" + script
+    output = () if any(o.startswith(("--output", "-o")) for o in options) else ("--output=/dev/null",)
+    result = run(["sbatch", "--parsable", *output, *options], user=user, cwd=cwd, env=env, input=script)
+    return result.stdout.strip().split(";")[0]
+
+
+def parse_job(line: str) -> dict[str, str]:
+    """One line of `scontrol -o show job` as a dict; values may hold blanks and equal signs."""
+    fields = re.split(r" (?=[A-Z][A-Za-z:/]*=)", line.strip())
+    return dict(field.split("=", 1) for field in fields if "=" in field)
+
+
+def jobs(jobid: str) -> list[dict[str, str]]:
+    """Every record of a job id: one, or one for each element of an array. Empty when slurmctld has forgotten it."""
+    result = run(["scontrol", "-o", "show", "job", jobid], check=False)
+    if "Invalid job id" in result.stderr:
+        return []
+    assert result.returncode == 0, result.stderr
+    return [parse_job(line) for line in result.stdout.splitlines() if line.strip()]
+
+
+def job(jobid: str) -> dict[str, str]:
+    """The fields of `scontrol -o show job`; empty when slurmctld has forgotten the job."""
+    return next(iter(jobs(jobid)), {})
+
+
+def wait_job(jobid: str, timeout: float = 20, **fields: str) -> dict[str, str]:
+    """Wait until the job's fields match regular expressions, as in `wait_job(j, JobState="RUNNING|COMPLETING")`."""
+    seen: dict[str, str] = {}
+
+    def matches() -> bool:
+        seen.clear()
+        seen.update(job(jobid))
+        return all(re.fullmatch(pattern, seen.get(name, "")) for name, pattern in fields.items())
+
+    deadline = time.monotonic() + timeout
+    while not matches():
+        shown = {name: seen.get(name) for name in ("JobState", "Reason", "Restarts", "StartTime", "ExitCode", *fields)}
+        assert time.monotonic() < deadline, f"waited {timeout} s for job {jobid} to have {fields}; last seen: {shown}"
+        time.sleep(0.1)
+    return seen
+
+
+def wait_running(jobid: str, timeout: float = 20) -> dict[str, str]:
+    """Wait until the job runs."""
+    return wait_job(jobid, timeout, JobState="RUNNING")
+
+
+def wait_file(path: Path, timeout: float = 20) -> str:
+    """Wait until the file holds a full line and return its text."""
+
+    def text() -> str:
+        content = path.read_text() if path.exists() else ""
+        return content if content.endswith("\n") else ""
+
+    return wait_for(text, timeout, f"a line in {path}")
+
+
+def requeue(jobid: str) -> None:
+    """What an administrator's `scontrol requeue` does: TERM, KILL after KillWait, pending again."""
+    run(["scontrol", "requeue", jobid])
+
+
+def preempt(nodes: int | str = len(NODES), seconds: float = 2) -> str:
+    """Submit a job of high priority that takes whole nodes (a number, or names as in "n1,n2") and return its id."""
+    where = [f"--nodes={nodes}"] if isinstance(nodes, int) else [f"--nodelist={nodes}"]
+    return submit(f"sleep {seconds}", "--partition=high", "--exclusive", *where)
+
+
+def accounting(jobid: str, *fields: str, timeout: float = 15, until: str = r"(?!PENDING|RUNNING)\w+.*") -> list[str]:
+    """The last row of `sacct -X` once its state matches `until`; slurmdbd hears of changes a moment later."""
+    wanted = ["state", *fields]
+
+    def row() -> list[str]:
+        lines = run(["sacct", "-X", "-n", "-P", "-j", jobid, "-o", ",".join(wanted)]).stdout.splitlines()
+        values = lines[-1].split("|") if lines else []
+        return values if values and re.fullmatch(until, values[0]) else []
+
+    return wait_for(row, timeout, f"sacct to show job {jobid} as {until}")
+
+
+def queue() -> list[str]:
+    """`<job id> <state>` of every job in the queue, arrays expanded."""
+    return run(["squeue", "-h", "-r", "-o", "%i %T"]).stdout.splitlines()
+
+
+def cancel_all(timeout: float = 60) -> None:
+    """Cancel every job of every user and wait until the queue is empty."""
+
+    def empty() -> bool:
+        ids = run(["squeue", "-h", "-o", "%A"]).stdout.split()
+        if ids:
+            run(["scancel", *ids], check=False)
+        return not ids
+
+    wait_for(empty, timeout, "an empty queue")
+
+
+def processes_with_env(key: str, value: str) -> list[int]:
+    """The pids whose environment at exec held `key=value`: finds ranks that outlived their job."""
+    wanted = f"{key}={value}".encode()
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = environ.read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended while we looked, or belongs to somebody else
+        if wanted in variables:
+            found.append(int(environ.parent.name))
+    return sorted(found)
