@@ -66,7 +66,7 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | None = None) -> di
 def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
     """Everything that decides what a composition gives, besides its overrides."""
     yield "llmops", __version__.encode()
-    for module in (schema, rules, override_text, llm.utils.config):
+    for module in (schema, rules, override_text, llm.utils.config, sys.modules[__name__]):
         yield module.__name__, Path(str(module.__file__)).read_bytes()
     for package, version_file in (("hydra", "__init__.py"), ("omegaconf", "version.py")):
         spec = find_spec(package)
@@ -90,24 +90,19 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     groups.check_yaml(files)
     options = files.options().keys()
     for override in overrides:
-        key = override_text.key_of(override)
-        if key in options and key in RunConfig.__struct_fields__ and (override[0] == "~" or override.endswith("=null")):
+        if override_text.key_of(override) in options and (override[0] == "~" or override.endswith("=null")):
             raise UserError(f"override {override}: a run needs this group; choose one of its options")
     arguments = override_text.as_typed(overrides, errors.text_keys() | options, errors.list_keys())
     if len(files.folders) > 1:
         arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
-    cluster = None
     try:
         composed = _hydra(files.folders[0], arguments)
         raw = OmegaConf.to_container(composed, resolve=False)
         called = list(_check_resolvers(raw))
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        if "cluster." in str(error):
-            cluster = next(
-                (text.split("=", 1)[1] for text in reversed(overrides) if text.startswith("cluster=")), "local"
-            )
-        raise errors.from_hydra(error, files, overrides, cluster) from error
+        backend = _backend(files, arguments) if "cluster." in str(error) else None
+        raise errors.from_hydra(error, files, overrides, backend) from error
     if not isinstance(data, dict):
         raise UserError(f"{files.folders[0]}/config.yaml: not a mapping of keys")
     section = data.get("cluster")
@@ -117,6 +112,18 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
                 section[key] = str(section[key])
     pure = not called and files.pure() and not any("../" in text for text in overrides)
     return {str(key): value for key, value in data.items()}, pure
+
+
+def _backend(files: groups.Groups, arguments: list[str]) -> str | None:
+    """The backend that the chosen groups give, where single keys cannot be composed."""
+    from hydra.errors import HydraException
+
+    chosen = {*files.options(), "hydra.searchpath"}
+    try:
+        composed = _hydra(files.folders[0], [text for text in arguments if override_text.key_of(text) in chosen])
+    except HydraException:
+        return None  # the groups are wrong too; the first error is reported without it
+    return str(composed.cluster.backend)
 
 
 def _hydra(folder: Path, arguments: list[str]) -> Any:
