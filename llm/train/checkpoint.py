@@ -1,6 +1,6 @@
 """Sharded checkpoints: every rank writes and reads its own rows, and one small file commits them all.
 
-The engine is synchronous. Its seam is three calls of :class:`Checkpointer`: ``latest``, ``load``, ``save``.
+The engine is synchronous. Its seam is small: ``newest_commit`` finds, :meth:`Checkpointer.load` reads, ``save`` writes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from llm.train.manifest import (
     PartEntry,
     PartManifest,
     TensorPart,
+    ancestors,
     decode,
     delete,
-    newest_commit,
     part_name,
     read_manifest,
     seal,
@@ -66,11 +66,7 @@ class Checkpointer:
     def __init__(self, storage: Storage, world: World, attempt: int, generation: int, keep_last: int) -> None:
         self.storage, self.world, self.keep_last = storage, world, keep_last
         self.attempt, self.generation = attempt, generation
-        self.chain: list[Commit] = []  # the commits that lead to the present state, oldest first
-
-    def latest(self) -> Commit | None:
-        """The newest commit of the run."""
-        return newest_commit(self.storage)
+        self.chain: list[Commit] = []  # rank 0: the commits that lead to the present state, oldest first
 
     def save(self, step: int, tensors: Iterable[Rows], state: dict[str, Any]) -> Commit:
         """Write and commit the state after ``step``; ``state`` is the same JSON on every rank.
@@ -79,10 +75,10 @@ class Checkpointer:
         """
         commit = Commit(attempt=self.attempt, generation=self.generation, step=step)
         rows = [row for row in tensors if row.data.numel()]
-        self._together(commit, lambda: self._write_part(commit, rows))
-        self._together(commit, lambda: self._commit(commit, state) if self.world.rank == 0 else None)
-        self.chain.append(commit)
+        self._together(f"cannot save {commit.path}", lambda: self._write_part(commit, rows))
+        self._together(f"cannot commit {commit.path}", lambda: self._commit(commit, state))
         if self.world.rank == 0:
+            self.chain.append(commit)
             self._forget_old()
         return commit
 
@@ -92,13 +88,19 @@ class Checkpointer:
         The random generators continue where they were when the number of ranks is the same. Raises CheckpointError
         that names the file, and the tensor, of anything missing or damaged.
         """
+        state: dict[str, Any] = {}
+        self._together(f"cannot load {commit.path}", lambda: state.update(self._load(commit, tensors)))
+        return state
+
+    def _load(self, commit: Commit, tensors: Iterable[Rows]) -> dict[str, Any]:
         manifest = read_manifest(self.storage, commit)
-        parts = [self._read_part(commit, entry) for entry in manifest.parts]
+        parts = Parts(self.storage, commit, manifest, self.world.rank)
         for rows in tensors:
-            self._fill(rows, commit, parts)
-        if len(parts) == self.world.size:
-            restore_rng(parts[self.world.rank].rng, self.world.device)
-        self.chain = self._ancestors(commit, manifest)
+            parts.fill(rows)
+        if manifest.world_size == self.world.size:
+            restore_rng(parts.part(self.world.rank).rng, self.world.device)
+        if self.world.rank == 0:
+            self.chain = ancestors(self.storage, commit, manifest)
         return manifest.state
 
     def _write_part(self, commit: Commit, rows: list[Rows]) -> None:
@@ -128,7 +130,9 @@ class Checkpointer:
         self.storage.write(f"{commit.path}/{part_name(rank)}", [msgspec.json.encode(part)])
 
     def _commit(self, commit: Commit, state: dict[str, Any]) -> None:
-        """Rank 0: read back every part manifest, which proves that all ranks write to the same place, then commit."""
+        """Rank 0 reads back every part manifest, which proves that all ranks write to the same place, and commits."""
+        if self.world.rank:
+            return
         entries = []
         for rank in range(self.world.size):
             path = f"{commit.path}/{part_name(rank)}"
@@ -151,75 +155,15 @@ class Checkpointer:
         )
         self.storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
 
-    def _together(self, commit: Commit, work: Callable[[], None]) -> None:
-        """Do ``work``, wait for all ranks, and raise everywhere when it failed anywhere."""
+    def _together(self, complaint: str, work: Callable[[], None]) -> None:
+        """Do ``work``, wait for all ranks, and raise the same everywhere when it failed anywhere."""
         failure: OSError | CheckpointError | None = None
         try:
             work()
         except (OSError, CheckpointError) as error:
             failure = error
-        if self.world.any(failure is not None):
-            reason = failure or "another rank failed, see its log"
-            raise CheckpointError(f"cannot save {self.storage.url}/{commit.path}: {reason}") from failure
-
-    def _read_part(self, commit: Commit, entry: PartEntry) -> PartManifest:
-        path = f"{commit.path}/{entry.manifest}"
-        try:
-            data = self.storage.read(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing from a committed checkpoint") from None
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
-        return decode(data, PartManifest, path)
-
-    def _fill(self, rows: Rows, commit: Commit, parts: list[PartManifest]) -> None:
-        """Copy into ``rows`` whatever each part holds of them."""
-        missing = rows.data.numel()
-        for part in parts:
-            saved = part.tensors.get(rows.name)
-            if saved is None:
-                continue
-            path = f"{commit.path}/{part.file}"
-            if saved.shape != rows.shape:
-                raise CheckpointError(
-                    f"{path}: tensor {rows.name} has shape {saved.shape}, the model wants {rows.shape}"
-                )
-            box = overlap(rows.offset, list(rows.data.shape), saved.offset, saved.local_shape)
-            if box is None:
-                continue
-            source = self._read_tensor(path, rows.name, saved)
-            target = rows.data
-            for dim, (begin, end) in enumerate(box):
-                source = source.narrow(dim, begin - saved.offset[dim], end - begin)
-                target = target.narrow(dim, begin - rows.offset[dim], end - begin)
-            target.copy_(source)
-            missing -= target.numel()
-        if missing:
-            raise CheckpointError(
-                f"{commit.path}: {missing} of {rows.data.numel()} values of tensor {rows.name} are missing"
-            )
-
-    def _read_tensor(self, path: str, name: str, saved: TensorPart) -> Tensor:
-        try:
-            data = bytearray(self.storage.read(path, saved.begin, saved.end))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing from a committed checkpoint (tensor {name})") from None
-        if len(data) != saved.end - saved.begin:
-            raise CheckpointError(f"{path} is cut short: tensor {name} ends at byte {saved.end}")
-        if zlib.crc32(data) != saved.crc32:
-            raise CheckpointError(f"{path} is damaged: the CRC-32 of tensor {name} does not match")
-        return torch.frombuffer(data, dtype=DTYPES[saved.dtype]).view(saved.local_shape)
-
-    def _ancestors(self, commit: Commit, manifest: Manifest) -> list[Commit]:
-        """The chain that ends in ``commit``, as far back as it has been kept."""
-        chain = [commit]
-        while manifest.parent is not None:
-            parent = Commit.parse(manifest.parent)
-            if MANIFEST not in self.storage.list(parent.path):
-                break
-            manifest = read_manifest(self.storage, parent)
-            chain.append(parent)
-        return chain[::-1]
+        if (reason := self.world.failure(None if failure is None else str(failure))) is not None:
+            raise CheckpointError(f"{complaint} in {self.storage.url}: {reason}") from failure
 
     def _forget_old(self) -> None:
         """Keep the last ``keep_last`` commits of the chain. What an older attempt wrote beside it is left alone."""
@@ -230,6 +174,65 @@ class Checkpointer:
                 print(f"cannot remove {self.chain[0].path}: {error}", file=sys.stderr, flush=True)
                 return
             del self.chain[0]
+
+
+class Parts:
+    """What the ranks of one commit saved. Parts are read when needed, this rank's own first: often the only one."""
+
+    def __init__(self, storage: Storage, commit: Commit, manifest: Manifest, rank: int) -> None:
+        self.storage, self.commit, self.manifest = storage, commit, manifest
+        self.order = sorted(range(manifest.world_size), key=lambda other: (other != rank, other))
+        self.read: dict[int, PartManifest] = {}
+
+    def part(self, rank: int) -> PartManifest:
+        """The part manifest of ``rank``, checked against the commit's digest of it."""
+        if rank not in self.read:
+            entry = self.manifest.parts[rank]
+            path = f"{self.commit.path}/{entry.manifest}"
+            try:
+                data = self.storage.read(path)
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing from a committed checkpoint") from None
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+            self.read[rank] = decode(data, PartManifest, path)
+        return self.read[rank]
+
+    def fill(self, rows: Rows) -> None:
+        """Copy into ``rows`` whatever each part holds of them, until nothing is missing."""
+        missing = rows.data.numel()
+        for rank in self.order:
+            if not missing:
+                return
+            part = self.part(rank)
+            if (saved := part.tensors.get(rows.name)) is None:
+                continue
+            path = f"{self.commit.path}/{part.file}"
+            if saved.shape != rows.shape:
+                raise CheckpointError(f"{path}: tensor {rows.name} is {saved.shape}, the model wants {rows.shape}")
+            box = overlap(rows.offset, list(rows.data.shape), saved.offset, saved.local_shape)
+            if box is None:
+                continue
+            source, target = self._tensor(path, rows.name, saved), rows.data
+            for dim, (begin, end) in enumerate(box):
+                source = source.narrow(dim, begin - saved.offset[dim], end - begin)
+                target = target.narrow(dim, begin - rows.offset[dim], end - begin)
+            target.copy_(source)
+            missing -= target.numel()
+        if missing:
+            total = rows.data.numel()
+            raise CheckpointError(f"{self.commit.path} lacks {missing} of {total} values of tensor {rows.name}")
+
+    def _tensor(self, path: str, name: str, saved: TensorPart) -> Tensor:
+        try:
+            data = bytearray(self.storage.read(path, saved.begin, saved.end))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing from a committed checkpoint (tensor {name})") from None
+        if len(data) != saved.end - saved.begin:
+            raise CheckpointError(f"{path} is cut short: tensor {name} ends at byte {saved.end}")
+        if zlib.crc32(data) != saved.crc32:
+            raise CheckpointError(f"{path} is damaged: the CRC-32 of tensor {name} does not match")
+        return torch.frombuffer(data, dtype=DTYPES[saved.dtype]).view(saved.local_shape)
 
 
 def overlap(a: list[int], a_shape: list[int], b: list[int], b_shape: list[int]) -> list[tuple[int, int]] | None:

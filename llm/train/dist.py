@@ -34,6 +34,19 @@ class World:
         """Is ``flag`` set on any rank? Waits for all of them."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def failure(self, reason: str | None) -> str | None:
+        """Why any rank failed, the same text on every rank, or None when all have given None. Waits for all of them."""
+        if not self.grouped:
+            return reason
+        failed = torch.tensor(0 if reason is None else self.rank + 1, device=self.device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if (culprit := int(failed) - 1) < 0:
+            return None
+        text = f"rank {self.rank}: {reason}".encode()[:1024].ljust(1024)
+        message = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
+        dist.broadcast(message, src=culprit)
+        return bytes(message.tolist()).decode(errors="replace").rstrip()
+
     def from_first(self, values: list[int]) -> list[int]:
         """Rank 0's ``values`` (equally many everywhere)."""
         tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -63,8 +76,8 @@ def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
 def shard(model: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
     """FSDP2: each block is a unit of its own, gathered for its own forward and backward; the root holds the rest.
 
-    Weights and reductions stay float32; blocks compute in ``dtype``. The first shard costs most of a second: DTensor works
-    out shapes with fake tensors, and those import torch's compiler. One rank alone never comes here and never pays.
+    Weights and reductions stay float32; blocks compute in ``dtype``. The first shard costs most of a second: DTensor
+    works out shapes with fake tensors, and those import torch's compiler. One rank alone never pays for it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

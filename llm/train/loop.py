@@ -50,19 +50,19 @@ class Trainer:
         self.windows = Windows(
             self.text.train, train.seq_len, train.global_batch_size, train.seed, world.rank, world.size
         )
-        with torch.device("meta"):  # no memory and no random numbers before the model is sharded
+        with torch.device("meta" if world.grouped else world.device):  # what will be sharded takes no memory before
             self.model = Transformer(config.model)
         if world.grouped:
             shard(self.model, self.model.blocks, world, self.dtype)
-        self.model.to_empty(device=world.device)
-        self.model.tie()
+            self.model.to_empty(device=world.device)
+            self.model.tie()
         self.optimizer = AdamW(self.model, train)
         self.step = 0
         self.evaluated = -1  # the last step whose held-out loss is in the metrics
         if resume is None:
             init_weights(self.model, train.seed, config.model.n_layers)
         else:
-            self.restore(self.checkpointer.load(resume, self.rows()))
+            self.restore(checkpointer.load(resume, self.rows()))
         self.saved = resume
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,6 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Held-out loss. A stop request cuts it short, to be done after resuming: returns whether there was one."""
-        self.control.heartbeat("evaluate")
         config, world = self.config, self.world
         total = torch.zeros(3, dtype=torch.float64, device=world.device)
         for rows in held_out_batches(
@@ -155,6 +154,7 @@ class Trainer:
             world.rank,
             world.size,
         ):
+            self.control.heartbeat("evaluate")
             with torch.no_grad():
                 loss = sum(float(self.loss_sum(micro)) for micro in torch.split(rows, config.train.micro_batch_size))
             mine = [loss, rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]

@@ -165,7 +165,21 @@ def newest_commit(storage: Storage) -> Commit | None:
     return None
 
 
+def ancestors(storage: Storage, commit: Commit, manifest: Manifest) -> list[Commit]:
+    """The chain of commits that ends in ``commit``, oldest first, as far back as it can be read."""
+    chain = [commit]
+    while manifest.parent is not None:
+        parent = Commit.parse(manifest.parent)
+        try:
+            manifest = read_manifest(storage, parent)
+        except CheckpointError:  # removed by retention, or damaged: in neither case does this run need it
+            break
+        chain.append(parent)
+    return chain[::-1]
+
+
 def delete(storage: Storage, commit: Commit) -> None:
     """Remove a checkpoint: first the manifest, so that nobody ever sees a commit whose data is gone."""
     storage.remove(f"{commit.path}/{MANIFEST}")
     storage.remove_folder(commit.path)
+    storage.remove_folder(f"{ROOT}/step_{commit.step:08d}", only_empty=True)

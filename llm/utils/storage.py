@@ -36,8 +36,8 @@ class Storage(Protocol):
     def remove(self, path: str) -> None:
         """Remove a file; that it is already gone is no error."""
 
-    def remove_folder(self, path: str) -> None:
-        """Remove a folder and what is in it; that it is already gone is no error."""
+    def remove_folder(self, path: str, only_empty: bool = False) -> None:
+        """Remove a folder and the files in it, or only if it has none; that it is already gone is no error."""
 
 
 def open_storage(url: str) -> Storage:
@@ -98,10 +98,13 @@ class LocalStorage:
     def remove(self, path: str) -> None:
         self.path(path).unlink(missing_ok=True)
 
-    def remove_folder(self, path: str) -> None:
+    def remove_folder(self, path: str, only_empty: bool = False) -> None:
         folder = self.path(path)
         with contextlib.suppress(FileNotFoundError):
-            for child in folder.iterdir():
+            children = list(folder.iterdir())
+            if children and only_empty:
+                return
+            for child in children:
                 child.unlink(missing_ok=True)
             folder.rmdir()
 
@@ -163,7 +166,9 @@ class ObjectStorage:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._key(path))
 
-    def remove_folder(self, path: str) -> None:
+    def remove_folder(self, path: str, only_empty: bool = False) -> None:
+        if only_empty:  # an object store has no empty folders
+            return
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self._key(path), recursive=True)
 
