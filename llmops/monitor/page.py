@@ -1,0 +1,117 @@
+"""All about one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmops.monitor.plot import loss_curve
+from llmops.monitor.table import COLOURS, PIPED
+from llmops.monitor.text import clean, clean_lines, duration, moment, number
+
+CURVE_HEIGHT = 14
+CURVE_WIDTH = 100
+PIPED_CURVE_WIDTH = 80
+
+
+def show(described: dict[str, Any], points: Sequence[tuple[int, float]], console: Console, now: float) -> None:
+    """Print the page."""
+    if console.is_terminal:
+        _print(described, points, console, now, min(console.width, CURVE_WIDTH))
+        return
+    plain = Console(width=PIPED, color_system=None, file=console.file)
+    with plain.capture() as capture:
+        _print(described, points, plain, now, PIPED_CURVE_WIDTH)
+    console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+
+
+def _print(run: dict[str, Any], points: Sequence[tuple[int, float]], console: Console, now: float, width: int) -> None:
+    console.print(_facts(run, now))
+    if run["attempts"]:
+        console.print()
+        console.print(_attempts(run, now, narrow=console.width < 110))
+    curve = "" if console.options.ascii_only else loss_curve(points, width, CURVE_HEIGHT)
+    if curve:
+        console.print()
+        console.print(Text(curve, style="cyan", no_wrap=True, overflow="crop"))
+    if run["error"]:
+        console.print()
+        console.print(Text("last error", style="bold red"))
+        for line in clean_lines(run["error"]):
+            console.print(Text("  " + line))
+
+
+def _facts(run: dict[str, Any], now: float) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bright_black", no_wrap=True)
+    table.add_column(overflow="fold")
+    state = Text.assemble((run["state"], f"bold {COLOURS.get(run['state'], '')}"))
+    if run["reason"]:
+        state.append(f"  {clean(run['reason'])}")
+    jobs = ", ".join(clean(job) for job in run["job_ids"]) or "none"
+    nodes, ranks = run["nodes"], run["ranks_per_node"]
+    size = f", {nodes} x {ranks} ranks" if nodes and ranks else ""
+    most = run["max_steps"]
+    progress = f"step {run['step']:,}"
+    if most:
+        progress += f" of {most:,} ({min(run['step'] / most, 1):.0%})"
+    if run["loss"] is not None:
+        progress += f", loss {number(run['loss'])}"
+    rows = [
+        ("run", Text(clean(run["name"]), style="bold")),
+        ("id", Text(clean(run["id"]))),
+        ("state", state),
+        ("progress", Text(progress)),
+        ("backend", Text(f"{clean(run['backend']) or '-'}{size}; jobs: {jobs}")),
+        ("stored", Text(clean(run["url"]))),
+    ]
+    if run["created"] is not None:
+        by = f" by {clean(run['owner'])}" if run["owner"] else ""
+        rows.append(("created", Text(f"{moment(run['created'])}{by}, {duration(now - run['created'])} ago")))
+    rows += [("problem", Text(clean(problem), style="red")) for problem in run["problems"]]
+    for label, value in rows:
+        table.add_row(label, value)
+    return table
+
+
+def _attempts(run: dict[str, Any], now: float, narrow: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("ATTEMPT", justify="right", no_wrap=True)
+    table.add_column("STATE", no_wrap=True)
+    table.add_column("STEPS", no_wrap=True)
+    if not narrow:
+        table.add_column("STARTED", no_wrap=True)
+    table.add_column("TOOK", justify="right", no_wrap=True)
+    table.add_column("HOSTS", no_wrap=True)
+    table.add_column("WHY IT ENDED", overflow="fold")
+    for attempt in run["attempts"]:
+        over = attempt["ended"] is not None
+        took = attempt["ended"] - attempt["started"] if over else now - attempt["started"]
+        reason, detail = clean(attempt["reason"]), clean(attempt["detail"])
+        why = detail if detail.startswith(reason) else "; ".join(part for part in (reason, detail) if part)
+        first, last = attempt["first_step"], attempt["last_step"]
+        cells = [
+            Text(str(attempt["number"])),
+            Text(attempt["state"], style=COLOURS.get(attempt["state"], "")),
+            Text("-" if last is None else f"{first:,}-{last:,}" if first is not None else f"-{last:,}"),
+            Text(moment(attempt["started"])),
+            Text(duration(took) if over or attempt["state"] == "running" else "-"),
+            Text(_hosts([clean(host) for host in attempt["hosts"]], 12 if narrow else 32)),
+            Text(why),
+        ]
+        if narrow:
+            del cells[3]
+        table.add_row(*cells)
+    return table
+
+
+def _hosts(hosts: Sequence[str], width: int) -> str:
+    """All of them if they fit, else the first and last, else how many."""
+    for text in (", ".join(hosts), f"{hosts[0]} .. {hosts[-1]} ({len(hosts)})" if hosts else ""):
+        if len(text) <= width:
+            return text
+    return f"{len(hosts)} hosts" if len(hosts) > 1 else hosts[0][:width]

@@ -1,0 +1,173 @@
+"""Many runs at a glance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from llmops.errors import ClusterError
+from llmops.monitor.plot import sparkline
+from llmops.monitor.text import clean, duration, number
+from llmops.runs.state import DONE
+
+WIDE = 160  # from this many columns on, a run takes one line; below, two
+PIPED = 4000  # no line of a pipe is folded or cut
+COLOURS = {
+    "pending": "cyan",
+    "running": "green",
+    "preempted": "yellow",
+    "finished": "blue",
+    "failed": "red",
+    "cancelled": "bright_black",
+    "unknown": "magenta",
+    "lost": "red",
+}
+
+
+def show(described: Sequence[dict[str, Any]], console: Console, now: float) -> None:
+    """Print the table once."""
+    if not described:
+        console.out("no runs", highlight=False)
+    elif console.is_terminal:
+        console.print(build(described, console.width, now, console.options.ascii_only))
+    else:
+        plain = Console(width=PIPED, color_system=None, file=console.file)
+        with plain.capture() as capture:
+            plain.print(build(described, PIPED, now, plain.options.ascii_only))
+        console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+
+
+def live(fetch: Callable[[], Sequence[dict[str, Any]]], interval: float, console: Console) -> None:
+    """Redraw in place until every run is done. Goes on when the store or a scheduler does not answer for a while."""
+    described = fetch()
+
+    def view(trouble: str) -> RenderableType:
+        now, width, ascii_only = time.time(), console.width, console.options.ascii_only
+        shown = _that_fit(described, (console.height - 3) // (1 if width >= WIDE else 2))
+        more = f"{len(described) - len(shown)} more; " if len(shown) < len(described) else ""
+        hint = f"{more}every {interval:g} s, Ctrl-C ends the view, not the runs"
+        return Group(
+            build(shown, width, now, ascii_only), Text(trouble or hint, style="red" if trouble else "bright_black")
+        )
+
+    with Live(view(""), console=console, auto_refresh=False, transient=True) as display:
+        while not all(each["state"] in DONE for each in described):
+            time.sleep(interval)
+            trouble = ""
+            try:
+                described = fetch()
+            except ClusterError as error:
+                trouble = f"not up to date: {clean(str(error))}"
+            display.update(view(trouble), refresh=True)
+    show(described, console, time.time())
+
+
+def _that_fit(described: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """As many as there are rows, in order; those that are not done, and then the newest, come before others."""
+    by_interest = sorted(described, key=lambda each: (each["state"] not in DONE, each["created"] or 0), reverse=True)
+    chosen = {each["id"] for each in by_interest[: max(rows, 1)]}
+    return [each for each in described if each["id"] in chosen]
+
+
+def build(described: Sequence[dict[str, Any]], width: int, now: float, ascii_only: bool = False) -> Table:
+    """The table for ``width`` columns."""
+    rows = [_Row(each, now, ascii_only) for each in described]
+    return _wide(rows, width) if width >= WIDE else _narrow(rows)
+
+
+def _wide(rows: Sequence[_Row], width: int) -> Table:
+    table = _table()
+    for name in ("NAME", "BACKEND", "JOB", "STATE", "PROGRESS", "LOSS", "ATTEMPTS", "AGE"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "AGE" else "left")
+    if width < PIPED:  # the reason takes what is left, and is cut; the page of the run has all of it
+        table.columns[0].max_width, table.columns[2].max_width = max(20, width // 7), max(12, width // 12)
+        table.columns[3].ratio, table.expand = 1, True
+        table.columns[6].max_width = width // 7
+    for row in rows:
+        state = Text.assemble(row.state, (f"  {row.reason}" if row.reason else "", "bright_black"))
+        progress = Text.assemble(row.bar(12 if width < PIPED else 0), row.steps)
+        table.add_row(
+            row.name,
+            row.backend,
+            row.job,
+            state,
+            progress,
+            Text.assemble(row.loss, " ", row.spark(16)),
+            row.attempts,
+            row.age,
+        )
+    return table
+
+
+def _narrow(rows: Sequence[_Row]) -> Table:
+    """Two lines a run."""
+    table = _table()
+    for name in ("NAME", "STATE", "PROGRESS", "LOSS", "AGE"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "AGE" else "left")
+    table.columns[0].ratio, table.columns[1].ratio = 3, 4
+    table.expand = True
+    for row in rows:
+        where = Text(" ".join(part for part in (row.backend.plain, row.job.plain) if part != "-"), style="bright_black")
+        reason = Text(row.reason or row.last_end, style="bright_black")
+        table.add_row(
+            _lines(row.name, where),
+            _lines(row.state, reason),
+            _lines(row.steps, row.bar(14)),
+            _lines(row.loss, row.spark(8)),
+            _lines(row.age, Text(f"x{row.count}" if row.count > 1 else "", style="bright_black")),
+        )
+    return table
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def _lines(first: Text, second: Text) -> Group:
+    for line in (first, second):
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(first, second)
+
+
+class _Row:
+    """The cells of one run. Everything that a user or a program wrote goes through ``clean`` and ``Text``."""
+
+    def __init__(self, described: dict[str, Any], now: float, ascii_only: bool) -> None:
+        self._run, self._ascii = described, ascii_only
+        attempts = described["attempts"]
+        self.count = len(attempts)
+        self.name = Text(clean(described["name"]), style="bold")
+        self.backend = Text(clean(described["backend"]) or "-")
+        self.job = Text(clean(described["job_ids"][-1]) if described["job_ids"] else "-")
+        self.state = Text(described["state"], style=COLOURS.get(described["state"], ""))
+        self.reason = clean(described["reason"])
+        self.loss = Text(number(described["loss"]))
+        created = described["created"]
+        self.age = Text("-" if created is None else duration(now - created))
+        ends = [each["reason"] for each in attempts if each["reason"]]
+        self.last_end = f"last: {clean(ends[-1])}" if ends and described["state"] not in DONE else ""
+        self.attempts = Text(
+            " ".join(part for part in (str(self.count), self.last_end and f"({self.last_end})") if part)
+        )
+        most = described["max_steps"]
+        self.steps = Text(f"{described['step']:,}" + (f"/{most:,}" if most else ""))
+
+    def bar(self, width: int) -> Text:
+        """Share of the steps done; nothing where the end is not known."""
+        most = self._run["max_steps"]
+        if not most or not width:
+            return Text("")
+        done = min(max(round(self._run["step"] / most * width), 0), width)
+        full, empty = ("#", ".") if self._ascii else ("━", "─")
+        return Text.assemble((full * done, self.state.style), (empty * (width - done), "bright_black"), " ")
+
+    def spark(self, width: int) -> Text:
+        """The shape of the last losses; nothing for fewer than two."""
+        losses = [loss for loss in self._run["recent_losses"] if loss is not None]
+        return Text("" if self._ascii or len(losses) < 2 else sparkline(losses, width), style="cyan")
