@@ -113,6 +113,11 @@ def _views(runs: Sequence[Run]) -> dict[tuple[str, str], JobView]:
     return views
 
 
+def has_ended(run: Run) -> bool:
+    """Whether the run store alone, read anew, says that the run is over; no scheduler is asked."""
+    return _ended(records.load_run(run.store))
+
+
 def _ended(run: Run) -> bool:
     """Whether the store alone says that the newest submission is over."""
     newest = run.newest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from llmops import api
 from llmops.cli import submit
+from llmops.launch import dry_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +15,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script, or the command line of the local supervisor."""
-    print(api.launch.dry_run(submit.prepare(arguments)), end="")
+    print(dry_run(submit.prepare(arguments)), end="")
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llmops import api
+from llmops.launch import Prepared, dry_run
 
 
 def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
@@ -22,7 +23,7 @@ def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
     parser.add_argument("--json", action="store_true", help="print the run as JSON")
 
 
-def prepare(arguments: argparse.Namespace) -> api.launch.Prepared:
+def prepare(arguments: argparse.Namespace) -> Prepared:
     """Everything up to, but without, writing and submitting."""
     return api.prepare(
         arguments.overrides,
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Submit, say what was submitted, and follow it if asked to."""
     prepared = prepare(arguments)
     if arguments.dry_run:
-        print(api.launch.dry_run(prepared), end="")
+        print(dry_run(prepared), end="")
         return 0
     submitted = api.submit(prepared)
     if arguments.json:

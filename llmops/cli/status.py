@@ -1,0 +1,40 @@
+"""``llmops status``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from llmops import api
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which runs, and how they are shown."""
+    parser.add_argument("refs", nargs="*", metavar="RUN", help="name, id or unambiguous prefix; default: all runs")
+    parser.add_argument("-w", "--watch", action="store_true", help="show them live until all are over")
+    parser.add_argument(
+        "--interval", type=float, default=5.0, metavar="S", help="seconds between two looks (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one object a run, on stdout alone")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the runs. Exit code 1 when a run that was asked for by name has failed."""
+    from llmops.monitor import status as view
+
+    def fetch() -> list[dict[str, Any]]:
+        return api.describe(api.statuses(arguments.refs, arguments.runs_url))
+
+    if arguments.watch:
+        view.watch(fetch, max(arguments.interval, 1.0))
+    found = api.statuses(arguments.refs, arguments.runs_url)
+    described = api.describe(found)
+    if arguments.json:
+        print(json.dumps(described, indent=1))
+    elif len(arguments.refs) == 1:
+        view.render_run(described[0], view.loss_points(found[0].run))
+    elif not arguments.watch:
+        view.render(described)
+    failed = any(item["state"] == "failed" for item in described)
+    return 1 if failed and arguments.refs else 0

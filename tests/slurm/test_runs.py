@@ -1,0 +1,220 @@
+"""Runs on a real SLURM, through everything that SLURM can do to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
+from tests.launcher.harness import TINY, Launcher
+from tests.slurm import cluster
+
+
+@pytest.fixture
+def launcher(slurm, tmp_path):
+    """A run store that all four nodes reach: they are this machine."""
+    yield Launcher(tmp_path / "runs", "slurm")
+    cluster.cancel_all()
+
+
+def squeue(*job_ids):
+    done = cluster.run(["squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", "%i %T %r"], check=False)
+    return done.stdout
+
+
+def check_resumed(launcher, run_id, undisturbed, reasons, timeout=150):  # noqa: F811
+    value = launcher.wait(run_id, "finished", timeout=timeout)
+    assert [attempt["reason"] for attempt in value["attempts"]] == [*reasons, "finished"]
+    assert launcher.losses(run_id) == undisturbed
+    launcher.wait_for(lambda: launcher.alive(run_id) == [], 20, "all processes to be gone", run_id)
+    return value
+
+
+def test_two_nodes_one_rank_each(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY, "--name", "two nodes")
+    value = launcher.wait(run_id, "finished")
+    assert value["attempts"][0]["hosts"] == ["n1", "n2"]
+    assert launcher.losses(run_id) == undisturbed
+    output = launcher.ok("logs", run_id, "--rank", "all")
+    assert "rank0" in output or "/0" in output
+    logs = sorted(
+        path.relative_to(launcher.root / run_id).as_posix() for path in launcher.root.glob(f"{run_id}/logs/*/*/*")
+    )
+    assert logs == ["logs/0000/n1/rank0.000000.log", "logs/0000/n2/rank1.000000.log"]
+
+
+@pytest.mark.parametrize(("partition", "workers"), [("low", 0), ("low", 2), ("lowgrace", 0)])
+def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, workers):  # noqa: F811
+    run_id = launcher.submit(*TINY, f"cluster.partition={partition}", f"data.num_workers={workers}")
+    launcher.wait_step(run_id, 12)
+    cluster.preempt()
+    value = check_resumed(launcher, run_id, undisturbed, ["preempted"])
+    first, second = value["attempts"]
+    assert second["first_step"] == first["last_step"] + 1, "the stop saved the very step that it came in"
+    assert len(value["job_ids"]) == 1
+
+
+def test_requeued_by_an_administrator(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 12)
+    cluster.requeue(launcher.status(run_id)["job_ids"][0])
+    check_resumed(launcher, run_id, undisturbed, ["preempted"])
+
+
+def test_the_time_limit_is_survived(launcher, undisturbed):  # noqa: F811
+    # The warning is due 100 s before the limit of 120 s, in the middle of the run.
+    run_id = launcher.submit(*TINY, "cluster.partition=short", "cluster.time=2", "cluster.signal_s=105")
+    value = launcher.wait(run_id, "finished", timeout=200)
+    reasons = [attempt["reason"] for attempt in value["attempts"]]
+    assert reasons[-1] == "finished"
+    assert set(reasons[:-1]) <= {"timeout"}
+    assert launcher.losses(run_id) == undisturbed
+
+
+@pytest.mark.parametrize("victim", ["rank", "agent"])
+def test_kill_9(launcher, undisturbed, victim):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 23)
+    pid = launcher.ranks(run_id)[1] if victim == "rank" else launcher.agents(run_id)[-1]
+    os.kill(pid, signal.SIGKILL)
+    value = check_resumed(launcher, run_id, undisturbed, ["failed" if victim == "rank" else "node_failure"])
+    assert value["attempts"][1]["first_step"] == 21
+
+
+def test_signals_to_everybody_twice_are_one_stop(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 12)
+    job_id = launcher.status(run_id)["job_ids"][0]
+    for name in ("TERM", "USR1", "TERM"):
+        cluster.run(["scancel", "--full", f"--signal={name}", job_id])
+        cluster.run(["scancel", f"--signal={name}", job_id])
+    check_resumed(launcher, run_id, undisturbed, ["preempted"])
+
+
+def test_a_successor_where_requeue_is_refused(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY, 'cluster.extra=["--no-requeue"]')
+    launcher.wait_step(run_id, 12)
+    cluster.preempt()
+    value = check_resumed(launcher, run_id, undisturbed, ["preempted"])
+    assert len(value["job_ids"]) == 2
+
+
+@pytest.mark.parametrize("how", ["cancel", "graceful", "scancel"])
+def test_a_cancelled_run_stays_cancelled(launcher, how):
+    run_id = launcher.submit(*TINY, "train.max_steps=4000")
+    launcher.wait_step(run_id, 5)
+    job_id = launcher.status(run_id)["job_ids"][0]
+    if how == "scancel":
+        cluster.run(["scancel", job_id])
+    else:
+        launcher.ok("cancel", run_id, *(["--graceful"] if how == "graceful" else []))
+    launcher.wait(run_id, "cancelled", timeout=60)
+    launcher.wait_for(lambda: launcher.alive(run_id) == [], 20, "all processes to be gone", run_id)
+    launcher.wait_for(
+        lambda: not any(word in squeue(job_id) for word in ("PENDING", "RUNNING", "COMPLETING")),
+        30,
+        "the job's end",
+        run_id,
+    )
+    ended = launcher.attempts(run_id)
+    assert ended == [("cancelled", "end")]
+    commits = list(launcher.root.glob(f"{run_id}/checkpoints/*/*/manifest.json"))
+    assert bool(commits) == (how != "cancel"), "plain cancel does not wait for a save, the others do"
+
+
+def test_cancel_of_a_pending_run(launcher):
+    run_id = launcher.submit(*TINY, 'cluster.extra=["--begin=now+1hour"]')
+    assert launcher.status(run_id)["state"] == "pending"
+    assert "cancelled" in launcher.ok("cancel", run_id, "--graceful")
+
+
+def test_resume_of_a_cancelled_run(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 12)
+    refused = launcher.call("resume", run_id)
+    assert (refused.returncode, "is running" in refused.stderr) == (2, True)
+    launcher.ok("cancel", "--graceful", run_id)
+    launcher.wait(run_id, "cancelled", timeout=60)
+    launcher.ok("resume", run_id)
+    check_resumed(launcher, run_id, undisturbed, ["cancelled"])
+
+
+def test_a_program_that_fails_at_once_is_given_up(launcher):
+    run_id = launcher.submit(
+        "retry.backoff_s=0.1", "cluster.nodes=2", command=("bash", "-c", "echo why it failed; exit 9")
+    )
+    value = launcher.wait(run_id, "failed")
+    assert len(value["attempts"]) == 3
+    assert "why it failed" in value["error"]
+    assert "why it failed" in launcher.call("status", run_id).stdout
+    assert "Restarts=0" in cluster.run(["scontrol", "-o", "show", "job", value["job_ids"][0]]).stdout
+
+
+def test_secrets_are_not_in_what_slurm_shows(launcher):
+    value = "hunter2-very-secret"
+    launcher.env["MY_TOKEN"] = value
+    run_id = launcher.submit("secrets=[MY_TOKEN]", command=("bash", "-c", "echo length ${#MY_TOKEN}; sleep 600"))
+    launcher.wait_for(lambda: f"length {len(value)}" in launcher.call("logs", run_id).stdout, 30, "the program", run_id)
+    job_id = launcher.status(run_id)["job_ids"][0]
+    shown = cluster.run(["scontrol", "show", "job", job_id]).stdout
+    shown += cluster.run(["scontrol", "write", "batch_script", job_id, "-"]).stdout
+    shown += cluster.run(["sacct", "-j", job_id, "-P", "-o", "ALL"]).stdout
+    shown += cluster.run(["ps", "-eo", "args"]).stdout
+    assert value not in shown
+    launcher.ok("cancel", run_id)
+
+
+BAD = [
+    (["cluster.partition=lo"], "cluster.partition=lo: there is no such partition; did you mean low?"),
+    (["cluster.nodes=9"], "cluster.nodes=9: partition low gives a job at most 4 nodes"),
+    (["cluster.cpus_per_rank=64"], "a node of partition low has 2 CPUs"),
+    (["cluster.partition=short", "cluster.time=1:00:00"], "cluster.time=1:00:00 is more than partition short allows"),
+    (["cluster.mem=900G"], "cluster.mem=900G"),
+    (["cluster.gpus_per_node=8"], "has 0 GPUs"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[" ".join(row[0]) for row in BAD])
+def test_what_would_pend_for_ever_is_refused(launcher, overrides, message):
+    done = launcher.call("submit", "--backend", "slurm", *overrides, "--", "true")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not launcher.root.exists()
+    assert cluster.run(["squeue", "-h"]).stdout == ""
+
+
+def test_what_only_sbatch_knows_is_passed_on(launcher):
+    done = launcher.call("submit", "--backend", "slurm", "cluster.constraint=nosuch", "--name", "refused", "--", "true")
+    assert done.returncode == 2
+    assert "slurm refused the job" in done.stderr
+    assert "feature" in done.stderr.lower()
+    assert launcher.status("refused")["state"] == "failed"
+    assert cluster.run(["squeue", "-h"]).stdout == ""
+
+
+NAMES = ["with blanks", "qu'o\"te", "$(touch x)", "a/b", "ünïcode ☃", "%j %x #y \\"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_data(launcher, name, tmp_path):
+    out = launcher.ok("submit", "--backend", "slurm", f"--name={name}", f"cluster.comment={name}", "--", "true")
+    run_id = out.split()[1]
+    assert launcher.wait(run_id, "finished")["name"] == name
+    assert list(tmp_path.rglob("x")) == []
+
+
+def test_a_stopped_controller_gives_one_line_and_no_second_job(launcher):
+    pid = int((cluster.STATE_DIR / "run" / "slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = launcher.call("submit", "--backend", "slurm", "--name", "stopped", "--", "sleep", "1")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "does not answer" in done.stderr
+    cluster.wait_for(lambda: cluster.run(["squeue", "-h"], check=False).returncode == 0, 30, "the controller")
+    assert cluster.run(["squeue", "-h"]).stdout == ""
