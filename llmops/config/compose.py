@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import msgspec
 
 import llm.utils.config
 from llmops import __version__
-from llmops.config import cache, groups, rules, schema
+from llmops.config import cache, groups, hydra_call, rules, schema
 from llmops.config import overrides as override_text
 from llmops.config.schema import RunConfig
 from llmops.errors import UserError
@@ -87,7 +86,6 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
 
     from llmops.config import errors  # its tables are of use only now
 
-    groups.check_yaml(files)
     options = files.options().keys()
     for override in overrides:
         if override_text.key_of(override) in options and (override[0] == "~" or override.endswith("=null")):
@@ -96,7 +94,8 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     if len(files.folders) > 1:
         arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
     try:
-        composed = _hydra(files.folders[0], arguments)
+        groups.check_yaml(files)
+        composed = hydra_call.compose(files.folders[0], arguments)
         raw = OmegaConf.to_container(composed, resolve=False)
         called = list(_check_resolvers(raw))
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -120,35 +119,13 @@ def _backend(files: groups.Groups, arguments: list[str]) -> str | None:
 
     chosen = {*files.options(), "hydra.searchpath"}
     try:
-        composed = _hydra(files.folders[0], [text for text in arguments if override_text.key_of(text) in chosen])
+        groups.check_yaml(files)
+        composed = hydra_call.compose(
+            files.folders[0], [text for text in arguments if override_text.key_of(text) in chosen]
+        )
     except HydraException:
         return None  # the groups are wrong too; the first error is reported without it
     return str(composed.cluster.backend)
-
-
-def _hydra(folder: Path, arguments: list[str]) -> Any:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    with _own_plugins_only(), initialize_config_dir(str(folder), version_base="1.3"):
-        return hydra_compose("config", arguments)
-
-
-@contextmanager
-def _own_plugins_only() -> Iterator[None]:
-    """Keep Hydra from importing every launcher and sweeper that is installed, seconds for some: composing uses none."""
-    from hydra.core.plugins import Plugins
-    from hydra.core.singleton import Singleton
-
-    if Plugins in Singleton._instances or "hydra_plugins" in sys.modules:
-        yield  # the process uses Hydra itself, and has them
-        return
-    sys.modules["hydra_plugins"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["hydra_plugins"]
-        Singleton._instances.pop(Plugins, None)  # whoever uses Hydra next finds all of them
 
 
 def _check_resolvers(value: Any, key: str = "") -> Iterator[str]:

@@ -50,9 +50,10 @@ def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str
         )
     known = schema_keys(cluster)
     names = [*known, *groups.options()]
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    leaf = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    close = [name for name in close if difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio() > 0.5]
     if not close:  # the right name in the wrong section
-        leaf = key.rpartition(".")[2]
         close = [name for name in names if name.rpartition(".")[2] == leaf][:1]
     if close:
         return UserError(f"{shown}: there is no key {key}; did you mean {close[0]}?")
@@ -60,7 +61,8 @@ def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str
     while section and section not in known:
         section = section.rpartition(".")[0]
     prefix = f"{section}." if section else ""
-    inside = [name for name in known if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
+    inside = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
+    inside = [name for name in inside if "." not in name]
     return UserError(f"{shown}: there is no key {key}; {section or 'a run'} has {', '.join(inside)}")
 
 

@@ -80,8 +80,15 @@ def read(config_dir: Path | None) -> Groups:
 
 
 def check_yaml(groups: Groups) -> None:
-    """Refuse what YAML would silently read as something else. Raises :class:`UserError`."""
+    """Refuse what YAML would silently read as something else. Raises :class:`UserError`, and YAML's own errors."""
+    import yaml
+
     for file in groups.files:
+        if not file.path.is_relative_to(groups.folders[0]):
+            with file.path.open("rb") as stream:  # a stream, so that errors name the file
+                node = yaml.compose(stream, yaml.SafeLoader)
+            if node is not None and not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{file.path}: holds no keys; expected lines such as key: value")
         text = file.content.decode()
         found = _BASE_60.search(text)
         if found is not None:

@@ -14,8 +14,8 @@ ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def assign(key: str, value: Any) -> str:
-    """The override that sets ``key`` to ``value``: ``None``, a bool, a finite number, text, or lists and string-keyed
-    dicts of these. Text arrives exactly as given, whatever characters it has.
+    """The override that sets ``key`` to ``value``: ``None``, a bool, a finite number, text, or lists of these. Text
+    arrives exactly as given, whatever characters it has.
 
     Raises :class:`TypeError` for any other type and :class:`ValueError` for a number that is not finite.
     """
@@ -119,12 +119,12 @@ def _grammar(value: Any) -> str:
         return _quote(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
     if isinstance(value, list | tuple):
         return "[" + ",".join(_grammar(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_quote(key)}:{_grammar(item)}" for key, item in value.items()) + "}"
     raise TypeError(f"{type(value).__name__} cannot be written as an override")
 
 
 def _quote(text: str) -> str:
+    # OmegaConf reads an interpolation in the override as it stands: quotes inside one had better not need escaping.
+    mark = '"' if "'" in text and '"' not in text else "'"
     # Hydra halves backslashes only where they stand before a quote, the closing one included.
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+    escaped = re.sub(rf"(\\*){mark}", rf"\1\1\\{mark}", text)
+    return mark + re.sub(r"(\\+)\Z", r"\1\1", escaped) + mark
