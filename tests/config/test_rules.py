@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 
 from llmops.config.compose import load_config
-from llmops.config.schema import time_limit_seconds, warning_seconds
+from llmops.config.recompose import recompose
+from llmops.config.schema import RunConfig, time_limit_seconds, warning_seconds
+from llmops.errors import UserError
 
-Refused = Callable[..., str]
+Check = Callable[[list[str]], RunConfig]
 S = "cluster=slurm"
 OWN = "command=[python,train.py]"
 
@@ -21,8 +24,8 @@ CASES = [
     # the trainer's own rules, with the number of ranks
     (["model.n_heads=3"], "model.n_heads=3 does not divide model.dim=128"),
     (["cluster.ranks_per_node=2"], "dist.mode=single runs on one rank, not 2"),
-    ([S, "dist=fsdp", "cluster.nodes=3"], "train.global_batch_size=64 is not a multiple"),
-    (["cluster.nodes=2", "dist=fsdp"], "cluster=local is one machine"),
+    ([S, "dist.mode=fsdp", "cluster.nodes=3"], "train.global_batch_size=64 is not a multiple"),
+    (["cluster.nodes=2", "dist.mode=fsdp"], "cluster=local is one machine"),
     # environment
     (["env.RANK=1"], "RANK is set by llmops itself"),
     (["env.OMP_NUM_THREADS=1"], "set train.threads_per_rank instead"),
@@ -65,9 +68,23 @@ CASES = [
 ]
 
 
+@functools.cache
+def base(backend: str) -> str:
+    return load_config([f"cluster={backend}"]).yaml_text
+
+
+@pytest.fixture
+def check() -> Check:
+    """Check the default configuration of a backend with some keys changed, without composing each."""
+    return lambda changes: recompose(base("slurm" if S in changes else "local"), [c for c in changes if c != S]).config
+
+
 @pytest.mark.parametrize(("overrides", "expected"), CASES, ids=[" ".join(case[0])[:60] for case in CASES])
-def test_refused(overrides: list[str], expected: str, refused: Refused) -> None:
-    assert expected in refused(*overrides)
+def test_refused(overrides: list[str], expected: str, check: Check) -> None:
+    with pytest.raises(UserError) as caught:
+        check(overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +108,8 @@ def test_refused(overrides: list[str], expected: str, refused: Refused) -> None:
     ],
     ids=" ".join,
 )
-def test_allowed(overrides: list[str]) -> None:
-    load_config(overrides)
+def test_allowed(overrides: list[str], check: Check) -> None:
+    check(overrides)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +131,10 @@ def test_time_limit(text: str | None, seconds: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "0:00:00", "-5", "1:2:3:4", "1-", "2h", "1.5", " 5", "5\n"])
 def test_time_limit_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError):
         time_limit_seconds(text)
 
 
-def test_warning_leaves_room_to_save() -> None:
-    assert warning_seconds(load_config([S, "checkpoint.save_seconds=30.5"]).config) == 121
-    assert warning_seconds(load_config([S, "cluster.signal_s=45"]).config) == 45
+def test_warning_leaves_room_to_save(check: Check) -> None:
+    assert warning_seconds(check([S, "checkpoint.save_seconds=30.5"])) == 121
+    assert warning_seconds(check([S, "cluster.signal_s=45"])) == 45
