@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.model.transformer import Transformer
+from llm.train.checkpoint import Checkpointer, Rows
+from llm.train.dist import World
+from llm.train.manifest import CheckpointError, Commit, newest_commit
+from llm.utils.config import ConfigError, TrainingConfig, load
+from llm.utils.storage import open_storage
 
 
 @torch.no_grad()
@@ -43,3 +51,52 @@ def pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+
+
+def load_model(config: TrainingConfig, run_url: str, device: torch.device) -> tuple[Transformer, Commit]:
+    """The whole model of a run's newest commit, on one device. Raises CheckpointError."""
+    storage = open_storage(run_url)
+    commit = newest_commit(storage)
+    if commit is None:
+        raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
+    with device:
+        model = Transformer(config.model)
+    reader = Checkpointer(storage, World(0, 1, 0, device, grouped=False), commit.attempt, 0, keep_last=1)
+    reader.load(commit, [Rows.of(f"model.{name}", value, value) for name, value in model.named_parameters()])
+    return model.eval(), commit
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a continuation of each prompt; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llm.inference.generate", description="Let a trained model write.")
+    parser.add_argument("--run-url", required=True, help="run directory: a path or an fsspec URL")
+    parser.add_argument("--config", help="the run's config (default: config.yaml in the run directory)")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to add to each prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
+        model, commit = load_model(config, options.run_url, device)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(f"step {commit.step}, {commit.path}", file=sys.stderr)
+    texts = generate(
+        model,
+        load_tokenizer(config.data.tokenizer),
+        options.prompt,
+        options.tokens,
+        options.temperature,
+        config.model.max_seq_len,
+        torch.Generator().manual_seed(options.seed),
+        device,
+    )
+    print("\n\n".join(texts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
