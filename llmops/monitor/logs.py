@@ -83,7 +83,7 @@ def follow(
         first_look = False
         if over and not new:
             break
-        over = not new and done()  # after a last look
+        over = over or (not new and done())  # one more look follows
         if not new and not over:
             wait(pause)
         _extend(run.store, wanted, cursors)

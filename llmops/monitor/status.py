@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmops.errors import ClusterError
 from llmops.job import JobView
 from llmops.runs.lineage import attempt_steps, merged_metrics, recent_metrics
 from llmops.runs.model import Attempt, Run
@@ -164,8 +165,8 @@ def _print_changes(fetch: Callable[[], Sequence[Described]], interval: float, co
     from llmops.monitor.text import clean, number
 
     told: dict[str, str] = {}
+    described = fetch()
     while True:
-        described = fetch()
         for each in described:
             if told.get(each["id"]) != each["state"]:
                 told[each["id"]] = each["state"]
@@ -174,6 +175,13 @@ def _print_changes(fetch: Callable[[], Sequence[Described]], interval: float, co
         if all(each["state"] in DONE for each in described):
             return
         time.sleep(interval)
+        try:
+            described = fetch()
+            told.pop("", None)
+        except ClusterError as error:
+            if told.get("") != str(error):
+                told[""] = str(error)
+                console.out(f"not up to date: {clean(str(error))}", highlight=False)
 
 
 def _console() -> Console:
