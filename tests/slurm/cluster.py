@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,7 +85,7 @@ def submit(
 def parse_job(line: str) -> dict[str, str]:
     """One line of `scontrol -o show job` as a dict; values may hold blanks and equal signs."""
     fields = re.split(r" (?=[A-Z][A-Za-z:/]*=)", line.strip())
-    return dict(field.split("=", 1) for field in fields if "=" in field)
+    return dict(field.rstrip(" ").split("=", 1) for field in fields if "=" in field)
 
 
 def jobs(jobid: str) -> list[dict[str, str]]:
@@ -143,6 +145,45 @@ def preempt(nodes: int | str = len(NODES), seconds: float = 2) -> str:
     return submit(f"sleep {seconds}", "--partition=high", "--exclusive", *where)
 
 
+def expire(jobid: str, seconds: int = 5) -> None:
+    """Let a running job reach its time limit: slurmctld looks every 30 s, so up to 30 s later than asked."""
+    run(["scontrol", "update", f"jobid={jobid}", f"EndTime=now+{seconds}"])
+
+
+def daemon_pid(name: str) -> int:
+    """The pid of "slurmctld", "slurmdbd", "slurmd.n1", … as their pid file has it."""
+    return int((STATE_DIR / "run" / f"{name}.pid").read_text())
+
+
+@contextlib.contextmanager
+def frozen(name: str) -> Iterator[None]:
+    """A daemon that is alive but answers nobody while the block runs."""
+    pid = daemon_pid(name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def node_down(node: str) -> Iterator[None]:
+    """A node that the administrator has set down; it is back and idle after the block."""
+    run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+    try:
+        yield
+    finally:
+
+        def idle() -> bool:
+            state = run(["sinfo", "-h", "-N", "-p", "low", "-n", node, "-o", "%T"]).stdout.strip()
+            if state.startswith(("down", "drain")):
+                # Refused when the node came back by itself in between (ReturnToService=2).
+                run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
+            return state == "idle"
+
+        wait_for(idle, 60, f"{node} to be idle again")
+
+
 def accounting(jobid: str, *fields: str, timeout: float = 15, until: str = r"(?!PENDING|RUNNING)\w+.*") -> list[str]:
     """The last row of `sacct -X` once its state matches `until`; slurmdbd hears of changes a moment later."""
     wanted = ["state", *fields]
@@ -153,6 +194,11 @@ def accounting(jobid: str, *fields: str, timeout: float = 15, until: str = r"(?!
         return values if values and re.fullmatch(until, values[0]) else []
 
     return wait_for(row, timeout, f"sacct to show job {jobid} as {until}")
+
+
+def attempts(jobid: str) -> list[str]:
+    """The state of each attempt of a job that was requeued, oldest first."""
+    return run(["sacct", "-D", "-X", "-n", "-P", "-j", jobid, "-o", "state"]).stdout.split("\n")[:-1]
 
 
 def queue() -> list[str]:

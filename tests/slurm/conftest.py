@@ -49,6 +49,15 @@ def slurm() -> Iterator[Slurm]:
         cluster.dev_cluster("reset")
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder that jobs of every user can write to (tmp_path belongs to whoever runs pytest)."""
+    with tempfile.TemporaryDirectory(prefix="llmops-slurm-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        yield folder
+
+
 @contextlib.contextmanager
 def only_session(timeout: float = 1800) -> Iterator[None]:
     """One pytest session at a time: tests preempt jobs, down nodes and stop daemons."""
