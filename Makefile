@@ -1,0 +1,45 @@
+# make           the virtual environment, if anything in it has changed
+# make test      lint, types, layers, and the tests; brings up a real SLURM (see slurm/dev-cluster.sh)
+# make demo      a tiny run that is killed and goes on
+# make soak      the tests that repeat for long
+# make lint      without the tests
+# make docs      the site, into site/
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv demo test soak lint docs
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make venv: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo 'make venv: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,s3,dev,docs]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m llmops.demo
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/pytest -m soak $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@# The supervisor runs on whatever Python a node has, from 3.9 on.
+	$(BIN)/ruff check --isolated --target-version py39 --select E9,F,FA102 llmops/agent
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
