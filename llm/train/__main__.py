@@ -49,4 +49,8 @@ def run(config: TrainingConfig, run_url: str, started: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is saved and closed. Taking the interpreter with torch apart would cost seconds of what a stop request leaves.
+    os._exit(code)

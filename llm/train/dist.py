@@ -66,7 +66,7 @@ def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
     options: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.timeout_s)}
     if cuda:
         options["device_id"] = device
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size) or os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         # All ranks are on this machine: its own name may resolve to an address that is not reachable.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(**options)

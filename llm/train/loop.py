@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -75,7 +76,7 @@ class Trainer:
             stop = self.evaluate()
         data = batches(self.windows, self.step, steps, self.config.data.num_workers)
         while self.step < steps and not stop:
-            stop = self.train_step(next(data))
+            stop = self.train_step(data)
             if not stop and self.due(self.config.eval.every_steps):
                 stop = self.evaluate()
             if self.step % self.config.checkpoint.every_steps == 0 or self.step == steps:
@@ -88,9 +89,10 @@ class Trainer:
         self.control.heartbeat("finished")
         return 0
 
-    def train_step(self, rows: Tensor) -> bool:
-        """One update from this rank's rows (R, seq_len + 1) of a global batch. Returns whether to stop."""
+    def train_step(self, data: Iterator[Tensor]) -> bool:
+        """One update from this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
         began = time.perf_counter()
+        rows = next(data)
         config, world = self.config.train, self.world
         global_tokens = config.global_batch_size * config.seq_len
         loss_sum = torch.zeros((), device=world.device)

@@ -28,13 +28,14 @@ def tiny(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model": {
             "name": "test",
-            "vocab_size": 256,
+            "vocab_size": 257,  # does not split evenly
             "dim": 64,
             "n_layers": 2,
             "n_heads": 4,
             "n_kv_heads": 2,
             "ffn_dim": 176,
             "max_seq_len": 128,
+            "tie_embeddings": True,
         },
         "train": {
             "max_steps": 60,
