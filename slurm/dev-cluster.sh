@@ -31,12 +31,14 @@ say() { printf 'dev-cluster: %s\n' "$*"; }
 fail() { printf 'dev-cluster: %s\n' "$*" >&2; exit 1; }
 refuse() { printf 'dev-cluster: %s\n' "$*" >&2; exit 2; }
 
+TEMPLATES=$(dirname "$(realpath "${BASH_SOURCE[0]}")")/dev-cluster
 DIR=$(realpath -m "${LLMOPS_SLURM_DIR:-/var/lib/llmops-slurm}")
 CONF=$DIR/slurm.conf
 SYSTEM_CONF=/etc/slurm/slurm.conf
 MARKER='# llmops-dev-cluster'
 NODES=(n1 n2 n3 n4)
 DAEMONS=(munged mariadbd slurmdbd slurmctld "${NODES[@]/#/slurmd.}")
+declare -A DEFAULTS=([LLMOPS_KILLWAIT]=30 [LLMOPS_SLURMD_TIMEOUT]=20 [LLMOPS_PROCTRACK]=linuxproc)
 PACKAGES=(slurm-wlm slurmdbd munge mariadb-server)
 export SLURM_CONF=$CONF
 
@@ -110,7 +112,17 @@ stop() {
   wait_for 5 "the end of $1 (pid $pid)" gone "$1"
 }
 
-# ---- whose machine is this? -----------------------------------------------------------------------------------------
+# ---- may we? --------------------------------------------------------------------------------------------------------
+
+refuse_settings() {
+  local name
+  [[ $DIR =~ ^[A-Za-z0-9/._-]+$ ]] || refuse "LLMOPS_SLURM_DIR=$DIR: only letters, digits and / . _ - are allowed"
+  for name in LLMOPS_KILLWAIT LLMOPS_SLURMD_TIMEOUT; do
+    [[ ${!name:-0} =~ ^[0-9]+$ ]] || refuse "$name=${!name}: must be a whole number of seconds"
+  done
+  [[ ${LLMOPS_PROCTRACK:-cgroup} =~ ^(cgroup|linuxproc)$ ]] ||
+    refuse "LLMOPS_PROCTRACK=$LLMOPS_PROCTRACK: must be linuxproc or cgroup"
+}
 
 refuse_foreign() {
   local pid name owner
@@ -163,82 +175,24 @@ make_folders() {
   id llmops >/dev/null 2>&1 || useradd --create-home --shell /bin/bash llmops
 }
 
-# setting NAME DEFAULT: the environment's value, else what the cluster was last given, else the default.
+# setting NAME: the environment's value, else what the cluster was last given, else the default.
 setting() {
   local saved=""
   if [[ -r $DIR/settings ]]; then saved=$(sed -n "s/^$1=//p" "$DIR/settings"); fi
-  printf '%s' "${!1:-${saved:-$2}}"
+  printf '%s' "${!1:-${saved:-${DEFAULTS[$1]}}}"
 }
 
-render_slurm_conf() {
-  cat <<TEXT
-$MARKER $DIR
-ClusterName=llmops
-SlurmctldHost=$(hostname -s)(127.0.0.1)
-SlurmctldPort=16817
-SlurmUser=root
-AuthType=auth/munge
-# cred_expire stays stock: after a requeue a job waits for two minutes, as at most sites.
-AuthInfo=socket=$DIR/munge/socket
-CredType=cred/munge
-StateSaveLocation=$DIR/state
-SlurmdSpoolDir=$DIR/spool/%n
-SlurmctldPidFile=$DIR/run/slurmctld.pid
-SlurmdPidFile=$DIR/run/slurmd.%n.pid
-SlurmctldLogFile=$DIR/log/slurmctld.log
-SlurmdLogFile=$DIR/log/slurmd.%n.log
-MailProg=/bin/true
-MpiDefault=none
-ProctrackType=proctrack/$LLMOPS_PROCTRACK
-TaskPlugin=task/none
-SlurmdParameters=config_overrides
-ReturnToService=2
-KillWait=$LLMOPS_KILLWAIT
-SlurmdTimeout=$LLMOPS_SLURMD_TIMEOUT
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=200000
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort=16819
-# Not a password: the socket of the munged that accounting goes through.
-AccountingStoragePass=$DIR/munge/socket
-JobAcctGatherType=jobacct_gather/none
-NodeName=n1 Port=17001 $(node_size)
-NodeName=n2 Port=17002 $(node_size)
-NodeName=n3 Port=17003 $(node_size)
-NodeName=n4 Port=17004 $(node_size)
-PartitionName=low Nodes=n[1-4] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
-PartitionName=lowgrace Nodes=n[1-4] PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=cancel Nodes=n[1-4] PriorityTier=1 PreemptMode=CANCEL GraceTime=0
-PartitionName=short Nodes=n[1-4] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=00:02:00
-PartitionName=high Nodes=n[1-4] PriorityTier=10 PreemptMode=OFF
-TEXT
+save_settings() {
+  local name
+  for name in "${!DEFAULTS[@]}"; do printf '%s=%s\n' "$name" "$(setting "$name")"; done >"$DIR/settings.new"
+  mv "$DIR/settings.new" "$DIR/settings"
 }
 
-node_size() {
-  printf 'NodeHostname=%s NodeAddr=127.0.0.1 CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000' \
-    "$(hostname -s)"
-}
-
-render_slurmdbd_conf() {
-  cat <<TEXT
-AuthType=auth/munge
-AuthInfo=socket=$DIR/munge/socket
-DbdHost=$(hostname -s)
-DbdAddr=127.0.0.1
-DbdPort=16819
-SlurmUser=root
-PidFile=$DIR/run/slurmdbd.pid
-LogFile=$DIR/log/slurmdbd.log
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct_db
-TEXT
+# fill FILE: its @NAME@s replaced.
+fill() {
+  sed -e "s|@DIR@|$DIR|g" -e "s|@HOST@|$(hostname -s)|g" -e "s|@PROCTRACK@|$(setting LLMOPS_PROCTRACK)|g" \
+    -e "s|@KILLWAIT@|$(setting LLMOPS_KILLWAIT)|g" -e "s|@SLURMD_TIMEOUT@|$(setting LLMOPS_SLURMD_TIMEOUT)|g" \
+    "$TEMPLATES/$1"
 }
 
 # Where cgroups cannot be used, slurmd says so in its log and does not start.
@@ -251,17 +205,17 @@ render_cgroup_conf() {
 }
 
 write_conf() {
-  local LLMOPS_PROCTRACK=$1 LLMOPS_KILLWAIT=$2 LLMOPS_SLURMD_TIMEOUT=$3
-  render_slurm_conf >"$CONF.new"
+  local node
+  save_settings
+  fill slurm.conf >"$CONF.new"
   if [[ -e $CONF ]] && ! cmp -s "$CONF" "$CONF.new"; then
     say "settings changed: restarting slurmctld and slurmd (jobs run on)"
     stop slurmctld
     for node in "${NODES[@]}"; do stop "slurmd.$node"; done
   fi
   mv "$CONF.new" "$CONF"
-  if [[ $LLMOPS_PROCTRACK == cgroup ]]; then render_cgroup_conf >"$DIR/cgroup.conf"; fi
-  printf '%s\n' "LLMOPS_PROCTRACK=$1" "LLMOPS_KILLWAIT=$2" "LLMOPS_SLURMD_TIMEOUT=$3" >"$DIR/settings"
-  (umask 077 && render_slurmdbd_conf >"$DIR/slurmdbd.conf")
+  (umask 077 && fill slurmdbd.conf >"$DIR/slurmdbd.conf")
+  if grep -q proctrack/cgroup "$CONF"; then render_cgroup_conf >"$DIR/cgroup.conf"; fi
   mkdir -p "${SYSTEM_CONF%/*}"
   printf '%s\nInclude %s\n' "$MARKER $DIR" "$CONF" >"$SYSTEM_CONF"
 }
@@ -366,7 +320,7 @@ kill_steps() { named slurmstepd | xargs -r kill -KILL 2>/dev/null || true; }
 bring_up() {
   install_packages
   make_folders
-  write_conf "$(setting LLMOPS_PROCTRACK linuxproc)" "$(setting LLMOPS_KILLWAIT 30)" "$(setting LLMOPS_SLURMD_TIMEOUT 20)"
+  write_conf
   start_missing
   if ! workable; then resume_nodes; fi
 }
@@ -421,6 +375,7 @@ main() {
   case ${1:-} in up | down | status | reset) ;; -h | --help) usage; exit 0 ;; *) usage >&2; exit 2 ;; esac
   [[ $# -eq 1 ]] || { usage >&2; exit 2; }
   [[ $EUID -eq 0 ]] || refuse "needs root: it starts daemons that run jobs as other users"
+  refuse_settings
   cd /
   if [[ $1 != status ]]; then
     exec 9>"$lock"
