@@ -93,9 +93,11 @@ def status(run: Run) -> Status:
 
 
 def _status(run: Run, views: dict[tuple[str, str], JobView]) -> Status:
-    from llmops.runs.state import derive_state
+    from llmops.runs.state import derive_state, needs_second_look
 
     view = views.get((run.backend, run.job_id)) if run.job_id else None
+    if needs_second_look(run, view):
+        run = records.load_run(run.store)
     state, reason = derive_state(run, view)
     return Status(run, state, reason, view)
 

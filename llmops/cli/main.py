@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -77,6 +78,9 @@ def main(argv: list[str]) -> int:
 def _guarded(arguments: argparse.Namespace) -> int:
     from llmops.errors import ClusterError, UserError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

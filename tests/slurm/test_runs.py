@@ -94,11 +94,20 @@ def test_signals_to_everybody_twice_are_one_stop(launcher, undisturbed):  # noqa
 
 
 def test_a_successor_where_requeue_is_refused(launcher, undisturbed):  # noqa: F811
-    run_id = launcher.submit(*TINY, 'cluster.extra=["--no-requeue"]')
+    run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
+    # What JobRequeue=0 and an enforcing job_submit plugin come to.
+    cluster.run(["scontrol", "update", f"jobid={launcher.status(run_id)['job_ids'][0]}", "requeue=0"])
     cluster.preempt()
     value = check_resumed(launcher, run_id, undisturbed, ["preempted"])
     assert len(value["job_ids"]) == 2
+
+
+def test_preempted_where_preemption_cancels(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY, "cluster.partition=cancel")
+    launcher.wait_step(run_id, 12)
+    cluster.preempt()
+    check_resumed(launcher, run_id, undisturbed, ["preempted"])
 
 
 @pytest.mark.parametrize("how", ["cancel", "graceful", "scancel"])
@@ -218,3 +227,79 @@ def test_a_stopped_controller_gives_one_line_and_no_second_job(launcher):
     assert "does not answer" in done.stderr
     cluster.wait_for(lambda: cluster.run(["squeue", "-h"], check=False).returncode == 0, 30, "the controller")
     assert cluster.run(["squeue", "-h"]).stdout == ""
+
+
+@pytest.fixture
+def node_back():
+    """Bring a node back that a test took down."""
+    yield
+    cluster.run(["scontrol", "update", "nodename=n1,n2", "state=resume"], check=False)
+    cluster.dev_cluster("reset")
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 12)
+    cluster.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+    value = launcher.wait(run_id, "finished", timeout=250)
+    assert len(value["attempts"]) == 2
+    assert node not in value["attempts"][1]["hosts"]
+    assert launcher.losses(run_id) == undisturbed
+
+
+def test_a_killed_batch_supervisor_leaves_nothing_and_can_be_resumed(launcher, undisturbed):  # noqa: F811
+    run_id = launcher.submit(*TINY)
+    launcher.wait_step(run_id, 12)
+    (batch,) = [line for line in launcher.alive(run_id) if " slurm --run " in line]
+    os.kill(int(batch.split()[0]), signal.SIGKILL)
+    value = launcher.wait(run_id, "failed", timeout=60)
+    launcher.wait_for(lambda: launcher.alive(run_id) == [], 40, "all processes to be gone", run_id)
+    assert value["attempts"][0]["state"] == "lost"
+    launcher.ok("resume", run_id)
+    value = launcher.wait(run_id, "finished")
+    assert launcher.losses(run_id) == undisturbed
+
+
+@pytest.fixture
+def stopped_controller(slurm, tmp_path):
+    """slurmctld stopped after the launcher has looked at the partitions: sinfo answers with what it said before."""
+    said = cluster.run(["sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G"]).stdout
+    (tmp_path / "bin").mkdir()
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.write_text(f"#!/bin/sh\ncase \"$*\" in *NodeHost*) hostname;; *) cat <<'E'\n{said}E\n;; esac\n")
+    sinfo.chmod(0o755)
+    pid = int((cluster.STATE_DIR / "run" / "slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    yield {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, lambda: os.kill(pid, signal.SIGCONT)
+    os.kill(pid, signal.SIGCONT)
+    cluster.wait_for(lambda: cluster.run(["squeue", "-h"], check=False).returncode == 0, 60, "the controller")
+
+
+def test_a_submission_without_an_answer_is_found_and_never_doubled(slurm, tmp_path, stopped_controller):
+    env, wake = stopped_controller
+    launcher = Launcher(tmp_path / "runs", "slurm", **env)
+    done = launcher.call("submit", "--backend", "slurm", "--name", "slow", "--", "sleep", "600")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "it is not known whether it took the job" in done.stderr
+    wake()
+    # The controller takes the job as soon as it wakes; status finds it by its tag, and resume does not send it again.
+    value = launcher.wait("slow", "running", timeout=60)
+    assert len(value["job_ids"]) == 1
+    assert launcher.call("resume", "slow").returncode == 2
+    assert len(cluster.run(["squeue", "-h"]).stdout.splitlines()) == 1
+    launcher.ok("cancel", "slow")
+
+
+def test_a_job_that_was_accepted_twice_runs_once(launcher):
+    run_id = launcher.submit(command=("sleep", "600"))
+    launcher.wait(run_id, "running")
+    launcher.wait_for(lambda: len(launcher.ranks(run_id)) == 1, 30, "the rank", run_id)
+    script = launcher.root / run_id / "job" / "0000" / "sbatch.sh"
+    second = cluster.run(["sbatch", "--parsable", str(script)]).stdout.strip()
+    launcher.wait_for(lambda: not any(word in squeue(second) for word in ("PEND", "RUN")), 30, "the double", run_id)
+    output = (script.parent / f"slurm-{second}.out").read_text()
+    assert "is a duplicate" in output
+    assert len(launcher.status(run_id)["attempts"]) == 1
+    launcher.ok("cancel", run_id)
