@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OVER = ("finished", "failed", "cancelled")
 CANCEL_TIMEOUT_S = 60.0
+SAVE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -149,32 +150,30 @@ def adopt(run: Run) -> Run:
     return records.load_run(run.store)
 
 
-def cancel(run: Run, graceful: bool = False) -> Status:
+def cancel(run: Run, graceful: bool = False, wait: bool = True) -> Status:
     """End a run for good: the intent is recorded first, so that nothing can bring it back, then its job is told.
 
-    Returns once the job is gone, or after :data:`CANCEL_TIMEOUT_S` (a graceful end may take longer: it saves first).
+    ``wait``: until its job is gone, for :data:`CANCEL_TIMEOUT_S` or, where it saves first, :data:`SAVE_TIMEOUT_S`.
     """
     before = status(run)
-    if before.state in OVER:
-        return before
     newest = before.run.submissions[-1] if before.run.submissions else None
-    if newest is None:
+    if before.state in OVER or newest is None:
         return before
     records.write_intent(before.run.store, newest.number, graceful, getpass.getuser())
-    job_id = before.run.job_id
-    if job_id is None:
+    if before.run.job_id is None:
         return status(run)
-    backend = backends.load(newest.backend)
-    if before.state in ("preempted", "pending"):
-        graceful = False
-    backend.cancel([job_id], graceful)
-    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    # A job that waits has nothing to save.
+    graceful = graceful and before.state not in ("preempted", "pending")
+    backends.load(newest.backend).cancel([before.run.job_id], graceful)
+    deadline = time.monotonic() + (SAVE_TIMEOUT_S if graceful else CANCEL_TIMEOUT_S)
+    pause = 0.1
     while True:
         now = status(run)
         alive = now.job is not None and now.job.state in ("pending", "running", "completing")
-        if graceful or not alive or time.monotonic() > deadline:
+        if not wait or not (alive or now.state == "running") or time.monotonic() > deadline:
             return now
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
 
 
 def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from llmops import api
 
@@ -11,6 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Runs, and how gently."""
     parser.add_argument("refs", nargs="+", metavar="RUN", help="name, id or unambiguous prefix")
     parser.add_argument("--graceful", action="store_true", help="let the ranks save their state first")
+    parser.add_argument("--no-wait", action="store_true", help="return before the jobs are gone")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
         if before.state in api.OVER:
             print(f"{each.id} is over already: {before.state}")
             continue
-        after = api.cancel(each, arguments.graceful)
-        told = "is saving its state and will end" if arguments.graceful and after.state == "running" else after.state
-        print(f"{each.id}: {told}")
+        if arguments.graceful and not arguments.no_wait:
+            print(f"{each.id}: waiting for it to save its state", file=sys.stderr, flush=True)
+        after = api.cancel(each, arguments.graceful, wait=not arguments.no_wait)
+        print(f"{each.id}: {after.state if after.state in api.OVER else 'told to end, not over yet'}")
     return 0

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+from typing import NoReturn
 
 VERBS = {
     "submit": "submit a run: your configuration, or any command after --",
@@ -26,9 +27,23 @@ EPILOG = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is; exit code 2."""
+        if message.startswith("argument VERB: invalid choice"):
+            from difflib import get_close_matches
+
+            wrong = message.split("'")[1]
+            close = get_close_matches(wrong, VERBS, 1)
+            message = f"there is no verb {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"llmops: error: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser; only ``verb``'s own arguments are filled in, since filling in all would import all."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmops",
         description="Launch LLM runs on SLURM, Kubernetes or this machine, and keep them going until they are done.",
         epilog=EPILOG,

@@ -1,0 +1,73 @@
+"""Every page's ``bash`` blocks are pasted into one shell, in order, as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import cluster
+from tests.slurm.conftest import slurm  # noqa: F401  (a fixture)
+
+TREE = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = {path.name: BLOCK.findall(path.read_text()) for path in sorted((TREE / "docs").glob("*.md"))}
+# What a page must have shown, besides not failing.
+SHOWN = {
+    "quickstart.md": ["finished", "resumed", "agent/", "loss by step"],
+    "programs.md": ["rank 0 of 2", "rank 1 of 2", "done at 300"],
+    "configuration.md": ["no key train.learning_rate", "model.n_heads=3", "exit code 2"],
+    "cli.md": ['"state": "finished"', "usage: llmops submit"],
+    "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],
+    "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
+}
+
+
+def paste(page: str, tmp_path: Path) -> str:
+    """Run the page's blocks; what the terminal showed."""
+    script = "set -eo pipefail\n" + "\n".join(PAGES[page])
+    env = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "LLMOPS_RUNS_URL": str(tmp_path / "runs"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=TREE,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if PAGES[page] and page != "slurm.md"])
+def test_a_page_works_when_pasted(page, tmp_path):
+    shown = paste(page, tmp_path)
+    for text in SHOWN[page]:
+        assert text in shown, shown
+
+
+@pytest.mark.slurm
+def test_the_slurm_page_works_when_pasted(slurm, tmp_path):  # noqa: F811
+    shown = paste("slurm.md", tmp_path)
+    cluster.cancel_all()
+    for text in SHOWN["slurm.md"]:
+        assert text in shown, shown
+
+
+def test_the_pages_name_each_other_and_the_menu_names_all():
+    menu = (TREE / "mkdocs.yml").read_text()
+    for page in PAGES:
+        assert page in menu
+    for path in [TREE / "README.md", *(TREE / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}"
