@@ -3,14 +3,17 @@
 Exit code 0 when done, 75 when stopped on request with the state saved, 2 for a config that cannot work, 1 otherwise.
 """
 
-from llm.train.control import settle_signals
+import time
+
+STARTED = time.time()  # the accounts of a run begin here
+
+from llm.train.control import settle_signals  # noqa: E402
 
 settle_signals()  # before anything slow: a signal during the imports must not kill the rank
 
 import argparse  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 
 from llm.train.control import Control  # noqa: E402
 from llm.utils.config import ConfigError, TrainingConfig, check, load  # noqa: E402
@@ -18,7 +21,6 @@ from llm.utils.config import ConfigError, TrainingConfig, check, load  # noqa: E
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank and return its exit code."""
-    started = time.time()
     parser = argparse.ArgumentParser(prog="python -m llm.train", description="One rank of a training run.")
     parser.add_argument("--config", required=True, help="YAML file: a path or an fsspec URL")
     parser.add_argument(
@@ -28,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not arguments.run_url:
             raise ConfigError("no run directory: give --run-url or set LLMOPS_RUN_URL")
-        return run(load(arguments.config), arguments.run_url, started)
+        return run(load(arguments.config), arguments.run_url)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(config: TrainingConfig, run_url: str, started: float) -> int:
-    """Everything after the config is read. ``started`` is when the process began, in seconds since the epoch."""
+def run(config: TrainingConfig, run_url: str) -> int:
+    """Everything after the config is read."""
     from llm.train.environment import rank_environment
 
     rank, size, local_rank = rank_environment()
@@ -45,7 +47,7 @@ def run(config: TrainingConfig, run_url: str, started: float) -> int:
 
     from llm.train.attempt import run_attempt
 
-    return run_attempt(config, run_url, control, rank, size, local_rank, started)
+    return run_attempt(config, run_url, control, rank, size, local_rank, STARTED)
 
 
 if __name__ == "__main__":

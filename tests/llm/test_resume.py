@@ -78,7 +78,6 @@ def test_resumes_on_another_number_of_ranks(undisturbed: Path, tmp_path: Path) -
     run = tmp_path / "run"
     stopped = stop_at(start(run, tiny(), ranks=1), 4)
     stopped = stop_at(start(run, tiny(), ranks=2, attempt=1), stopped + 10)
-    shutil.copytree(run / "checkpoints", tmp_path / "copy" / "checkpoints")
     assert start(run, tiny(), ranks=1, attempt=2).finish() == [0]
     found = trajectory(run)
     assert list(found) == list(expected)
@@ -99,3 +98,19 @@ def test_stop_before_the_first_step_keeps_the_commit(undisturbed: Path, tmp_path
     marker = json.loads((attempt.control / "stopped.0").read_text())
     assert (marker["step"], marker["commit"]) == (25, "checkpoints/step_00000025/0000-0000")
     assert [commit.attempt for commit in commits(open_storage(str(run)))] == [0, 0, 0]
+
+
+def test_damage_that_one_rank_finds_is_named_by_all(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    shard = run / "checkpoints" / "step_00000060" / "0000-0000" / "rank00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 4
+    shard.write_bytes(data)
+    attempt = start(run, tiny(), ranks=2, attempt=1)
+    outputs = [rank.communicate(timeout=90)[0] for rank in attempt.ranks]
+    assert [rank.returncode for rank in attempt.ranks] == [1, 1]
+    for output in outputs:
+        assert "rank 1: checkpoints/step_00000060/0000-0000/rank00001.safetensors is damaged" in output
+        assert "CRC-32 of tensor optim.exp_avg_sq.norm.weight" in output
+        assert "Traceback" not in output
