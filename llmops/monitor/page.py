@@ -91,7 +91,7 @@ def _attempts(run: dict[str, Any], now: float, narrow: bool) -> Table:
     for attempt in run["attempts"]:
         over = attempt["ended"] is not None
         took = attempt["ended"] - attempt["started"] if over else now - attempt["started"]
-        reason, detail = clean(attempt["reason"]), clean(attempt["detail"])
+        reason, detail = clean(attempt["why"]), clean(attempt["detail"])
         why = detail if detail.startswith(reason) else "; ".join(part for part in (reason, detail) if part)
         first, last = attempt["first_step"], attempt["last_step"]
         cells = [

@@ -150,7 +150,7 @@ class _Row:
         self.loss = Text(number(described["loss"]))
         created = described["created"]
         self.age = Text("-" if created is None else duration(now - created))
-        ends = [each["reason"] for each in attempts if each["reason"]]
+        ends = [each["why"] for each in attempts if each["why"]]
         self.last_end = f"last: {clean(ends[-1])}" if ends and described["state"] not in DONE else ""
         self.attempts = Text(
             " ".join(part for part in (str(self.count), self.last_end and f"({self.last_end})") if part)

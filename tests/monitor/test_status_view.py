@@ -67,9 +67,10 @@ def test_the_json_object(run: Any) -> None:
     }
     assert [(a["number"], a["state"], a["reason"], a["first_step"], a["last_step"]) for a in attempts] == [
         (0, "preempted", "preempted", 1, 30),
-        (1, "failed", "failed: rank 3 on n2, exit code 1", 26, 50),
+        (1, "failed", "failed", 26, 50),
         (2, "running", "", 51, 60),
     ]
+    assert attempts[1]["why"] == "failed: rank 3 on n2, exit code 1"
     assert attempts[0]["hosts"] == ["n1", "n2"]
     assert (attempts[0]["started"], attempts[0]["ended"]) == (1_770_000_000.0, 1_770_000_500.0)
     assert (attempts[2]["ended"], attempts[2]["resume_step"]) == (None, 50)
