@@ -1,4 +1,4 @@
-"""``make demo``: a tiny language model is trained on this machine, preempted in the middle, and finishes all the same."""
+"""``make demo``: a tiny language model is trained here, preempted in the middle, and finishes all the same."""
 
 from __future__ import annotations
 

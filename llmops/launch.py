@@ -217,9 +217,9 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, archiv
         raise UserError(f"{prepared.backend.name} refused the job: {error}") from error
     except Ambiguous as error:
         raise ClusterError(
-            f"{prepared.backend.name} did not answer ({error}), so it is not known whether it took the job; do not submit "
-            f"again: `llmops status {prepared.run_id}` will find it if it did, and `llmops resume {prepared.run_id}` sends "
-            "it again if it did not"
+            f"{prepared.backend.name} did not answer ({error}), so it is not known whether it took the job; do not "
+            f"submit again: `llmops status {prepared.run_id}` finds it if it did, and `llmops resume {prepared.run_id}` "
+            "sends it again if it did not"
         ) from error
     records.register_job(run, number, job_id, "launcher")
 
