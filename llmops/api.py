@@ -46,6 +46,10 @@ def prepare(
     from llmops.config.compose import load_config
     from llmops.config.overrides import assign
 
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder no longer exists; change to one that does") from error
     if backend is not None and backend not in backends.NAMES:
         raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
     full = [f"cluster={backend}"] if backend else []

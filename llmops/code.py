@@ -87,12 +87,11 @@ def snapshot(root: Path | None, runs_url: str, max_mb: float, exclude: Sequence[
     commit, dirty = _revision(chosen) if top is not None else (None, False)
     with io.BytesIO() as buffer:
         count, written = _write_tar(buffer, entries)
-        content = buffer.getbuffer()
-        digest = hashlib.sha256(content).hexdigest()
-        path = f"code/{digest}.tar.gz"
-        if not store.exists(path):
-            store.create(path, gzip.compress(content, compresslevel=3, mtime=0))
-        content.release()
+        with buffer.getbuffer() as content:
+            digest = hashlib.sha256(content).hexdigest()
+            path = f"code/{digest}.tar.gz"
+            if not store.exists(path):
+                store.create(path, gzip.compress(content, compresslevel=3, mtime=0))
     return CodeSnapshot(digest, f"{store.url}/{path}", chosen, commit, dirty, count, written, tuple(skipped))
 
 

@@ -218,8 +218,8 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, archiv
     except Ambiguous as error:
         raise ClusterError(
             f"{prepared.backend.name} did not answer ({error}), so it is not known whether it took the job; do not "
-            f"submit again: `llmops status {prepared.run_id}` finds it if it did, and `llmops resume {prepared.run_id}` "
-            "sends it again if it did not"
+            f"submit again: `llmops status {prepared.run_id}` finds it if it did, and `llmops resume "
+            f"{prepared.run_id}` sends it again if it did not"
         ) from error
     records.register_job(run, number, job_id, "launcher")
 

@@ -78,10 +78,14 @@ pids_of_name() {
 }
 
 # A clean environment and no descriptor of the caller, so that whoever reads our output sees its end.
-spawn() (
+try() (
   exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LLMOPS_SLURM_DIR="$DIR" \
     SLURM_CONF="$CONF" MYSQL_UNIX_PORT="$DIR/mariadb/socket" "$@" </dev/null >>"$DIR/log/start.log" 2>&1 9>&-
 )
+
+spawn() {
+  try "$@" || fail "could not start $1: $(tail -n 1 "$DIR/log/start.log") (more in $DIR/log)"
+}
 
 # wait_for SECONDS WHAT COMMAND...
 wait_for() {
@@ -277,9 +281,9 @@ registered() {
 
 register() {
   if registered; then return 0; fi
-  spawn sacctmgr -i add cluster llmops || true
-  spawn sacctmgr -i add account llmops cluster=llmops || true
-  spawn sacctmgr -i add user root,llmops account=llmops cluster=llmops || true
+  try sacctmgr -i add cluster llmops || true
+  try sacctmgr -i add account llmops cluster=llmops || true
+  try sacctmgr -i add user root,llmops account=llmops cluster=llmops || true
   wait_for 10 "sacctmgr to know cluster llmops and its users" registered
 }
 

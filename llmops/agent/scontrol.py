@@ -70,7 +70,7 @@ def show_job(ref: str, patience_s: float = 60.0) -> JobFacts:
 
 
 def kill_wait(partition: str) -> tuple[float, float]:
-    """KillWait of the cluster and GraceTime of ``partition`` in seconds; SLURM's defaults (30, 0) where it does not say."""
+    """KillWait of the cluster and GraceTime of ``partition`` in seconds; the defaults (30, 0) where it does not say."""
     _, config = call("scontrol", "show", "config")
     found = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
     _, text = call("scontrol", "-o", "show", "partition", partition)

@@ -102,7 +102,7 @@ class Supervisor:
                 return 0
 
     def history(self, outcome: Outcome) -> attempts.History:
-        """The failures so far, the attempt that just ended included (it has no end record yet and so counts as failed)."""
+        """The failures so far. The attempt that just ended is included: without an end record it counts as failed."""
         return attempts.history(self.rundir, self.submission)
 
     def _record_end(self, number: int, outcome: Outcome, decision: Decision) -> None:

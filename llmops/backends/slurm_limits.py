@@ -84,8 +84,8 @@ def _problem(cluster: SlurmCluster, name: str, partition: Partition) -> str | No
     cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
     if cpus > partition.cpus:
         return (
-            f"cluster.cpus_per_rank={cluster.cpus_per_rank or 1} x cluster.ranks_per_node={cluster.ranks_per_node} = {cpus}: "
-            f"a node of partition {name} has {partition.cpus} CPUs"
+            f"cluster.cpus_per_rank={cluster.cpus_per_rank or 1} x cluster.ranks_per_node={cluster.ranks_per_node} "
+            f"= {cpus}: a node of partition {name} has {partition.cpus} CPUs"
         )
     wanted = time_limit_seconds(cluster.time)
     if wanted is not None and partition.time_s is not None and wanted > partition.time_s:

@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         return follow(found, rank, arguments.attempt, arguments.tail)
     from llmops.monitor import logs
 
+    _check_there(found, rank, arguments.attempt)
     prefix, terminal = logs.prefixed(found, rank, arguments.attempt), sys.stdout.isatty()
     for line in logs.tail(found, rank, arguments.attempt, arguments.tail):
         print(logs.printable(line, prefix, terminal))
@@ -62,6 +63,20 @@ def follow(found: Run, rank: int | None = None, attempt: int | None = None, tail
 def _rank(text: str) -> int | None:
     if text == "all":
         return None
-    if text.isdigit():
+    if text.isdecimal() and text.isascii():
         return int(text)
     raise UserError(f"--rank {text}: give a rank's number, or all")
+
+
+def _check_there(found: Run, rank: int | None, attempt: int | None) -> None:
+    """Nothing at all would look as if the program had printed nothing."""
+    from llmops.monitor.logs import written
+
+    there = written(found)
+    attempts = sorted({each.attempt for each in there} | set(found.by_number))
+    if attempt is not None and attempt not in attempts:
+        known = f"attempts {attempts[0]} to {attempts[-1]}" if attempts else "no attempt yet"
+        raise UserError(f"--attempt {attempt}: {found.id} has {known}")
+    ranks = sorted({each.rank for each in there if attempt in (None, each.attempt)})
+    if ranks and rank is not None and rank not in ranks:
+        raise UserError(f"--rank {rank}: {found.id} has output of ranks {ranks[0]} to {ranks[-1]}")

@@ -7,7 +7,10 @@ import importlib
 import io
 import os
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing would be a fifth of what --help costs
+    from typing import NoReturn
 
 VERBS = {
     "submit": "submit a run: your configuration, or any command after --",
@@ -38,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split("'")[1]
             close = get_close_matches(wrong, VERBS, 1)
             message = f"there is no verb {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
-        self.exit(2, f"llmops: error: {message}; see `{self.prog} --help`\n")
+        self.exit(complain(f"{message}; see `{self.prog} --help`", 2))
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -70,8 +73,7 @@ def main(argv: list[str]) -> int:
         cut = argv.index("--")
         argv, command = argv[:cut], argv[cut + 1 :]
         if not command:
-            print("llmops: error: nothing follows --: give the command to run, or leave -- out", file=sys.stderr)
-            return 2
+            return complain("nothing follows --: give the command to run, or leave -- out", 2)
     verb = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(verb)
     arguments = parser.parse_args(argv)
@@ -84,8 +86,9 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 0
     if command and arguments.verb not in ("submit", "render"):
-        print(f"llmops: error: {arguments.verb} takes no command after --", file=sys.stderr)
-        return 2
+        return complain(f"{arguments.verb} takes no command after --", 2)
+    if arguments.runs_url == "":
+        return complain("--runs-url is empty: give a folder or a URL, or leave it out", 2)
     arguments.command = command
     return _guarded(arguments)
 
@@ -101,16 +104,41 @@ def _guarded(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except (UserError, ClusterError) as error:
-        print(f"llmops: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has seen enough (`llmops logs | head`). Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough (`llmops logs | head`).
+        _discard_output()
         return 0
+    except OSError as error:
+        # What is left is this machine's: its disk is full, it has no more descriptors.
+        _discard_output()
+        return complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def complain(message: str, code: int) -> int:
+    """Say on one line of stderr what is wrong, whatever the message holds; the exit code."""
+    from llmops.monitor.text import clean
+
+    print(f"llmops: error: {clean(' '.join(message.splitlines()))}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """What is still buffered cannot be written; Python would complain once more while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Where the caller closed a standard stream, the next file that is opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115, PTH123
 
 
 def entry() -> None:
     """The console script."""
+    _open_streams()
     sys.exit(main(sys.argv[1:]))

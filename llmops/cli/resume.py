@@ -11,7 +11,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """A run, and what to change."""
     parser.add_argument("ref", metavar="RUN", help="name, id or unambiguous prefix")
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="values to change, such as train.max_steps=400"
+        "overrides", nargs="*", default=[], metavar="OVERRIDE", help="values to change, such as train.max_steps=400"
     )
     parser.add_argument("-f", "--follow", action="store_true", help="show the output until the run is over")
 

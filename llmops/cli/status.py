@@ -7,21 +7,28 @@ import json
 from typing import Any
 
 from llmops import api
+from llmops.errors import UserError
+
+MAX_INTERVAL_S = 86400
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which runs, and how they are shown."""
     parser.add_argument("refs", nargs="*", metavar="RUN", help="name, id or unambiguous prefix; default: all runs")
-    parser.add_argument("-w", "--watch", action="store_true", help="show them live until all are over")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-w", "--watch", action="store_true", help="show them live until all are over")
+    output.add_argument("--json", action="store_true", help="one object a run, on stdout alone")
     parser.add_argument(
-        "--interval", type=float, default=5.0, metavar="S", help="seconds between two looks (%(default)s)"
+        "--interval", type=float, default=5.0, metavar="S", help="seconds between two looks (%(default)s, at least 1)"
     )
-    parser.add_argument("--json", action="store_true", help="one object a run, on stdout alone")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Show the runs. Exit code 1 when a run that was asked for by name has failed."""
     from llmops.monitor import status as view
+
+    if not 0 < arguments.interval < MAX_INTERVAL_S:
+        raise UserError(f"--interval {arguments.interval:g}: give seconds, less than {MAX_INTERVAL_S}")
 
     def fetch() -> list[dict[str, Any]]:
         return api.describe(api.statuses(arguments.refs, arguments.runs_url))

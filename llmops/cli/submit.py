@@ -18,9 +18,10 @@ def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
     if rendering:
         return
     parser.usage = "llmops submit [OVERRIDE …] [options] [-- COMMAND …]"
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
-    parser.add_argument("-f", "--follow", action="store_true", help="show the output until the run is over")
-    parser.add_argument("--json", action="store_true", help="print the run as JSON")
+    output = parser.add_mutually_exclusive_group()  # what is on stdout
+    output.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
+    output.add_argument("-f", "--follow", action="store_true", help="show the output until the run is over")
+    output.add_argument("--json", action="store_true", help="print the run as JSON")
 
 
 def prepare(arguments: argparse.Namespace) -> Prepared:

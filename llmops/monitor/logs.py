@@ -53,6 +53,11 @@ def tail(
         yield from cursor.rest()
 
 
+def written(run: Run) -> list[Stream]:
+    """All ranks of all attempts that have output, if only an empty file."""
+    return list(_Selection(None, None, False).streams(run.store))
+
+
 def follow(
     run: Run,
     done: Callable[[], bool],

@@ -65,7 +65,12 @@ def open_store(url: str | Path) -> Store:
     if not text:
         raise UserError("the URL of a run store is empty; give a directory or a URL such as s3://bucket/runs")
     if "://" not in text:
-        return PosixStore(Path(text).expanduser().absolute())
+        try:
+            return PosixStore(Path(text).expanduser().absolute())
+        except RuntimeError as error:
+            raise UserError(f"{text}: there is no home directory of that name; write the path out") from error
+        except FileNotFoundError as error:
+            raise UserError(f"{text}: the current folder no longer exists; give an absolute path") from error
     parts = urlsplit(text)
     if parts.scheme in ("file", "local"):
         if parts.netloc not in ("", "localhost"):
@@ -113,7 +118,7 @@ class PosixStore:
         return self._root
 
     def put(self, path: str, data: bytes) -> None:
-        with self._errors(path):
+        with self._errors(path, writing=True):
             target = self._target(path)
             aside = _write_aside(target, data, 0o644)
             try:
@@ -124,7 +129,7 @@ class PosixStore:
             _fsync_directory(target.parent)
 
     def create(self, path: str, data: bytes, mode: int = 0o644) -> bool:
-        with self._errors(path):
+        with self._errors(path, writing=True):
             target = self._target(path)
             if target.exists():
                 return False
@@ -179,13 +184,15 @@ class PosixStore:
         return target
 
     @contextlib.contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        """Say in one line what the operating system refused. A missing object stays a ``FileNotFoundError``."""
+    def _errors(self, path: str, writing: bool = False) -> Iterator[None]:
+        """Say in one line what the operating system refused. What is not there to read is a ``FileNotFoundError``."""
         try:
             yield
-        except FileNotFoundError:
-            raise
-        except (IsADirectoryError, NotADirectoryError) as error:
+        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            if writing:
+                raise UserError(
+                    f"{self.url}: {path} cannot be put there ({error.strerror}: {error.filename}); choose another runs_url"
+                ) from error
             raise FileNotFoundError(errno.ENOENT, f"no object {path!r} in {self.url}") from error
         except PermissionError as error:
             where = error.filename or path
@@ -193,7 +200,8 @@ class PosixStore:
                 f"{self.url}: permission denied for {where}; fix its mode, or choose another runs_url"
             ) from error
         except OSError as error:
-            raise ClusterError(f"{self.url}: {error.strerror or error} ({error.filename or path})") from error
+            kind = UserError if error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP) else ClusterError
+            raise kind(f"{self.url}: {error.strerror or error} ({error.filename or path})") from error
 
 
 def _write_aside(target: Path, data: bytes, mode: int) -> Path:
