@@ -190,8 +190,9 @@ class PosixStore:
             yield
         except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
             if writing:
+                where = error.filename or path
                 raise UserError(
-                    f"{self.url}: {path} cannot be put there ({error.strerror}: {error.filename}); choose another runs_url"
+                    f"{self.url}: runs cannot be kept there ({where}: {error.strerror}); choose another runs_url"
                 ) from error
             raise FileNotFoundError(errno.ENOENT, f"no object {path!r} in {self.url}") from error
         except PermissionError as error:
