@@ -70,11 +70,24 @@ def resume_point(rundir: RunDir) -> Commit | None:
     return Commit(path, int(start["resume_step"])) if path else None
 
 
+class Superseded(Exception):
+    """A later life of the same job, or a later submission, owns the run now. The message says which."""
+
+
 def claim(rundir: RunDir, submission: int, job_id: str, restart: int, hosts: list[str]) -> dict[str, Any]:
-    """Claim the next attempt and return its record. Only one claimant gets a number; the loser takes the next."""
+    """Claim the next attempt and return its record. Only one claimant gets a number; the loser takes the next.
+
+    Raises :class:`Superseded` when the job was restarted elsewhere while this supervisor lived on, as happens on a node
+    that lost its connection and was given up.
+    """
     for _ in range(1000):
         claimed = numbers(rundir)
         number = claimed[-1] + 1 if claimed else 0
+        newest = (rundir.get(f"attempts/{claimed[-1]:04d}/start.json") or {}) if claimed else {}
+        if (newest.get("submission", -1), newest.get("restart", 0)) > (submission, restart):
+            raise Superseded(
+                f"attempt {claimed[-1]} belongs to submission {newest['submission']}, restart {newest['restart']}"
+            )
         commit = resume_point(rundir)
         record: dict[str, Any] = {
             "number": number,

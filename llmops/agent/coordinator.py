@@ -93,6 +93,8 @@ class Coordinator:
         self.selector = selectors.DefaultSelector()
         self.selector.register(rendezvous.server, selectors.EVENT_READ, "join")
         self.selector.register(signals, selectors.EVENT_READ, "signals")
+        self.late = selectors.DefaultSelector()
+        self.late.register(rendezvous.server, selectors.EVENT_READ)
 
     def run(self, launch: Launcher) -> Outcome:
         """Start the node agents and stay until the last of them has ended."""
@@ -108,6 +110,7 @@ class Coordinator:
                 if isinstance(key.data, (Connection, Peer)):
                     (key.data if isinstance(key.data, Connection) else key.data.connection).close()
             self.selector.close()
+            self.late.close()
         return outcome
 
     def _serve(self, process: subprocess.Popen[bytes]) -> Outcome:
@@ -238,7 +241,9 @@ class Coordinator:
         if request.abort:
             self._broadcast({"type": "abort"})
         else:
-            self._broadcast({"type": "stop", "cause": self.stop.cause, "deadline": self.stop.deadline})
+            # Seconds, not a time of day: the clocks of two nodes may differ.
+            left = self.stop.deadline - time.time()
+            self._broadcast({"type": "stop", "cause": self.stop.cause, "seconds": left})
 
     def _broadcast(self, message: Message) -> None:
         for peer in self.peers.values():
@@ -280,9 +285,12 @@ class Coordinator:
             if number is not None:
                 log(f"the node agents do not leave; sending {number.name}")
                 process.send_signal(number)
-            try:
-                process.wait(timeout=FAREWELL_S if number is None else 5)
-                return
-            except subprocess.TimeoutExpired:
-                continue
+            deadline = time.monotonic() + (FAREWELL_S if number is None else 5)
+            while time.monotonic() < deadline:
+                if process.poll() is not None:
+                    return
+                # An agent that was still on its way when the attempt was stopped is told so, not left waiting.
+                if self.late.select(0.05):
+                    sock, _ = self.rendezvous.server.accept()
+                    Connection(sock).close()
         log(f"process {process.pid} outlives SIGKILL")

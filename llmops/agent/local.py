@@ -11,6 +11,7 @@ import time
 from llmops.agent.coordinator import StopRequest
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.policy.local import decide
+from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.supervise import Supervisor
 
 
@@ -26,6 +27,8 @@ def launch(nodes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 def main(run: str, submission: int) -> int:
     """Entry point of ``agent.pyz local``."""
+    # Before anything that takes time: a signal that comes now is kept for the first attempt.
+    signals = SignalPipe(STOP_SIGNALS)
     host = socket.gethostname()
     job_id = f"{host}:{os.getpid()}:{start_ticks(os.getpid())}"
     supervisor = Supervisor(run, submission, job_id, 0, [host], "127.0.0.1")
@@ -39,6 +42,7 @@ def main(run: str, submission: int) -> int:
         return decide(outcome, supervisor.cancelled(), supervisor.history(outcome), supervisor.spec["retry"])
 
     return supervisor.run(
+        signals,
         lambda env: launch(supervisor.spec["nodes"], env),
         on_signal,
         supervisor.poll,

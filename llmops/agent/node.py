@@ -92,7 +92,8 @@ class NodeAgent:
                 self.control.remove()
 
     def _orphaned(self) -> int:
-        print(f"llmops: node {self.node}: the coordinator is gone; stopping", file=sys.stderr, flush=True)
+        if self.ranks:
+            print(f"llmops: node {self.node}: the coordinator is gone; stopping", file=sys.stderr, flush=True)
         return 1
 
     def _on_signals(self) -> None:
@@ -108,7 +109,7 @@ class NodeAgent:
                 self._kill()
                 self._tell_failure(None, str(error), "failed")
         elif message["type"] == "stop":
-            self._stop(message["cause"], message["deadline"])
+            self._stop(message["cause"], time.time() + message["seconds"])
         elif message["type"] == "abort":
             self._kill()
 

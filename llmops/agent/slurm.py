@@ -16,6 +16,7 @@ from llmops.agent import scontrol
 from llmops.agent.coordinator import StopRequest, log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.policy.slurm import decide, stop_deadline
+from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.supervise import Supervisor
 
 
@@ -122,5 +123,9 @@ class SlurmSupervisor(Supervisor):
 
 def main(run: str, submission: int) -> int:
     """Entry point of ``agent.pyz slurm``, run by the batch script."""
+    # Before anything that takes time: the batch script ignored stop signals until now.
+    signals = SignalPipe(STOP_SIGNALS)
     supervisor = SlurmSupervisor(run, submission)
-    return supervisor.run(supervisor.launch, supervisor.on_signal, supervisor.poll, supervisor.decide, supervisor.act)
+    return supervisor.run(
+        signals, supervisor.launch, supervisor.on_signal, supervisor.poll, supervisor.decide, supervisor.act
+    )

@@ -11,7 +11,7 @@ from llmops.agent import attempts
 from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest, log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.rundir import RunDir
-from llmops.agent.signals import STOP_SIGNALS, SignalPipe
+from llmops.agent.signals import SignalPipe
 
 INTENT_POLL_S = 3.0
 
@@ -75,6 +75,7 @@ class Supervisor:
 
     def run(
         self,
+        signals: SignalPipe,
         launch: Launcher,
         on_signal: Callable[[str], StopRequest | None],
         poll: Callable[[], StopRequest | None],
@@ -82,24 +83,32 @@ class Supervisor:
         act: Callable[[Decision], int],
     ) -> int:
         """Run attempts until ``decide`` wants something else than another one here; then ``act`` on it."""
-        signals = SignalPipe(STOP_SIGNALS)
-        refusal = self.may_run()
-        if refusal:
-            log(f"nothing to do: {refusal}")
-            return 0
         rendezvous = Rendezvous(self.address)
         while True:
-            record = attempts.claim(self.rundir, self.submission, self.job_id, self.restart, self.hosts)
+            refusal = self.may_run()
+            if refusal:
+                log(f"nothing to do: {refusal}")
+                return 0
+            try:
+                record = attempts.claim(self.rundir, self.submission, self.job_id, self.restart, self.hosts)
+            except attempts.Superseded as error:
+                log(f"nothing to do: {error}")
+                return 0
             number = record["number"]
             log(f"attempt {number} on {','.join(self.hosts)}, from {record['resume_from'] or 'scratch'}")
             outcome = Coordinator(self.spec, record, rendezvous, signals, on_signal, poll).run(launch)
             decision = decide(outcome)
             self._record_end(number, outcome, decision)
             log(f"attempt {number} ended: {decision.reason}; next: {decision.action} {decision.detail}".rstrip())
+            if decision.action == "again":
+                stop = self._back_off(decision.delay_s, signals, on_signal)
+                if stop is None:
+                    continue
+                # Stopped between two attempts: nothing to save, but the scheduler still wants us gone.
+                decision = decide(Outcome("stopped", stop=stop.record()))
+                log(f"stopped while waiting for the next attempt: {decision.reason}; next: {decision.action}")
             if decision.action != "again":
                 return act(decision)
-            if not self._back_off(decision.delay_s, signals):
-                return 0
 
     def history(self, outcome: Outcome) -> attempts.History:
         """The failures so far. The attempt that just ended is included: without an end record it counts as failed."""
@@ -124,17 +133,20 @@ class Supervisor:
             },
         )
 
-    def _back_off(self, delay_s: float, signals: SignalPipe) -> bool:
-        """Wait before the next attempt; False when the run was cancelled meanwhile. A signal ends the wait."""
+    def _back_off(
+        self, delay_s: float, signals: SignalPipe, on_signal: Callable[[str], StopRequest | None]
+    ) -> StopRequest | None:
+        """Wait before the next attempt. A signal or a cancellation ends the wait and comes back as a stop request."""
         deadline = time.monotonic() + delay_s
         with selectors.DefaultSelector() as selector:
             selector.register(signals, selectors.EVENT_READ)
-            while not self.cancelled():
+            while True:
+                stop = self.cancel_request(time.time())
                 left = deadline - time.monotonic()
-                if left <= 0:
-                    return True
+                if stop or left <= 0:
+                    return stop
                 if selector.select(min(left, INTENT_POLL_S)):
-                    signals.read()
-                    return not self.cancelled()
-        log("cancelled while waiting for the next attempt")
-        return False
+                    for number in signals.read():
+                        stop = stop or on_signal(number.name)
+                    if stop:
+                        return stop
