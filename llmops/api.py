@@ -149,8 +149,12 @@ def adopt(run: Run) -> Run:
         return run
     if not found:
         return run
-    # The job itself may have been faster; then its word counts.
-    records.register_job(run.store, newest.number, found[0], "launcher")
+    try:
+        # The job itself may have been faster; then its word counts.
+        records.register_job(run.store, newest.number, found[0], "launcher")
+    except UserError:
+        # One damaged run, or one of somebody else, must not hide all others.
+        return run
     return records.load_run(run.store)
 
 
@@ -161,8 +165,10 @@ def cancel(run: Run, graceful: bool = False, wait: bool = True) -> Status:
     """
     before = status(run)
     newest = before.run.submissions[-1] if before.run.submissions else None
-    if before.state in OVER or newest is None:
+    if before.state in OVER:
         return before
+    if newest is None:
+        raise UserError(f"{run.id} cannot be cancelled: {before.reason}")
     records.write_intent(before.run.store, newest.number, graceful, getpass.getuser())
     if before.run.job_id is None:
         return status(run)
@@ -192,6 +198,10 @@ def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
         raise UserError(f"{run.id} is {now.state}: there is nothing to resume; `llmops cancel` ends it")
     if now.state == "unknown" and now.job is not None and now.job.state == "unreachable":
         raise ClusterError(f"{run.id}: it is not known whether its job still lives ({now.reason}); try again later")
+    newest = f"job/{records.next_submission(run.store) - 1:04d}/"
+    damaged = [problem for problem in now.run.problems if problem.startswith(newest)]
+    if now.state == "unknown" and damaged:
+        raise UserError(f"{run.url}: {damaged[0]}; it is not known whether its job still lives, so it is not resumed")
     if now.state == "unknown" and now.run.job_id is None:
         # Its submission may have been accepted without an answer; only its scheduler knows.
         for submission in now.run.submissions[-1:]:
@@ -201,22 +211,28 @@ def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
     record = now.run.record
     if record is None:
         raise UserError(f"{run.url}: {now.run.problems[0]}; it cannot be resumed")
-    config_path, archive = "config.yaml", None
+    config_path, work_dir = "config.yaml", None
     for submission in reversed(now.run.submissions):
         config_path = submission.record.config
         spec = launch.stored_spec(now.run.store, submission.number)
         if spec:
-            archive = spec["code_archive"]
+            work_dir = spec.get("options", {}).get("work_dir")
             break
-    composed = recompose(now.run.store.get(config_path).decode(), overrides)
+    try:
+        text = now.run.store.get(config_path).decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"{run.url}/{config_path} is missing or damaged ({error}); it cannot be resumed") from error
+    composed = recompose(text, overrides)
     runs = open_store(now.run.url.rsplit("/", 1)[0])
+    # Of the first submission, also when that one never got as far as naming it.
+    archive = f"{runs.url}/code/{record.code.sha256}.tar.gz" if record.code else None
     prepared = launch.prepare(composed, runs.url)
     number = records.next_submission(now.run.store)
     if overrides:
         config_path = f"job/{number:04d}/config.yaml"
         now.run.store.create(config_path, composed.yaml_text.encode())
     again = launch.Prepared(**{**vars(prepared), "run_id": run.id, "name": record.name})
-    launch.submit(again, now.run.store, number, config_path, archive)
+    launch.submit(again, now.run.store, number, config_path, archive, work_dir)
     return records.load_run(now.run.store)
 
 

@@ -92,8 +92,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, archive: str | None) -> JobSpec:
-    """What the supervisor will run."""
+def job_spec(
+    prepared: Prepared, submission: int, tag: str, config_path: str, archive: str | None, work_dir: str | None = None
+) -> JobSpec:
+    """What the supervisor will run. ``work_dir``: where it runs without an archive; by default the current folder."""
     config = prepared.config
     python = config.cluster.python or sys.executable
     trainer = [python, "-m", "llm.train", "--config", str(prepared.run_dir / config_path)]
@@ -102,7 +104,7 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, ar
     if config.secrets:
         options["secrets_file"] = str(prepared.run_dir / "job" / f"{submission:04d}" / "secrets.json")
     if archive is None:
-        options["work_dir"] = str(Path.cwd())
+        options["work_dir"] = work_dir or str(Path.cwd())
     return JobSpec(
         run_id=prepared.run_id,
         name=prepared.name,
@@ -181,7 +183,9 @@ def start(prepared: Prepared) -> Store:
     return run
 
 
-def submit(prepared: Prepared, run: Store, number: int, config_path: str, archive: str | None) -> None:
+def submit(
+    prepared: Prepared, run: Store, number: int, config_path: str, archive: str | None, work_dir: str | None = None
+) -> None:
     """Record submission ``number`` and hand it to the scheduler.
 
     Raises :class:`UserError` when the scheduler refused it, and :class:`ClusterError` when it is not known whether it
@@ -192,7 +196,7 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, archiv
     record = records.SubmissionRecord(
         number=number, tag=tag, backend=prepared.backend.name, created=time.time(), config=config_path
     )
-    spec = job_spec(prepared, number, tag, config_path, archive)
+    spec = job_spec(prepared, number, tag, config_path, archive, work_dir)
     agent_name, agent_bytes = agent_zip.build()
     agents = prepared.runs.sub("agent")
     if not agents.exists(agent_name):
@@ -225,9 +229,9 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, archiv
 
 
 def stored_spec(run: Store, number: int) -> dict[str, Any] | None:
-    """The spec of a submission, or None when it was never sent."""
+    """The spec of a submission, or None when it was never sent, or is damaged."""
     try:
         value = json.loads(run.get(f"job/{number:04d}/spec.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None
