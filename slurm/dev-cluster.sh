@@ -59,7 +59,7 @@ is_ours_or_child() {
 alive() {
   local pid
   pid=$(pid_of "$1")
-  is_ours "$pid" && [[ $(</proc/"$pid"/comm) == "${1%%.*}" ]]
+  is_ours "$pid" && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "${1%%.*}" ]]
 }
 
 # The pids of all processes with this name that are not about to vanish.
@@ -84,8 +84,11 @@ try() (
 )
 
 spawn() {
-  try "$@" || fail "could not start $1: $(tail -n 1 "$DIR/log/start.log") (more in $DIR/log)"
+  try "$@" || { complaints "$1"; fail "could not start $1; the logs are in $DIR/log"; }
 }
+
+# The last errors in the logs of daemons whose name starts so.
+complaints() { grep -hE 'error|fatal|ERROR' "$DIR/log/$1"*.log 2>/dev/null | tail -n 3 >&2 || true; }
 
 # wait_for SECONDS WHAT COMMAND...
 wait_for() {
@@ -93,7 +96,7 @@ wait_for() {
   shift 2
   until "$@" >/dev/null 2>&1; do
     if ((SECONDS >= deadline)); then
-      grep -hE 'error|fatal|ERROR' "$DIR"/log/*.log 2>/dev/null | tail -n 3 >&2 || true
+      complaints ""
       fail "waited ${limit} s for ${what}; the logs are in $DIR/log"
     fi
     sleep 0.1
@@ -199,9 +202,12 @@ fill() {
     "$TEMPLATES/$1"
 }
 
-# Where cgroups cannot be used, slurmd says so in its log and does not start.
+# slurmd loads a cgroup plugin even when jobs are not tracked by one. That of v1 then asks nothing of the machine:
+# it works in containers and under cgroup v2. Where LLMOPS_PROCTRACK=cgroup cannot work, slurmd's log says why.
 render_cgroup_conf() {
-  if [[ -d /sys/fs/cgroup/freezer ]]; then
+  if [[ $(setting LLMOPS_PROCTRACK) == linuxproc ]]; then
+    echo CgroupPlugin=cgroup/v1
+  elif [[ -d /sys/fs/cgroup/freezer ]]; then
     printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n'
   else
     printf 'CgroupPlugin=cgroup/v2\nIgnoreSystemd=yes\n'
@@ -219,7 +225,7 @@ write_conf() {
   fi
   mv "$CONF.new" "$CONF"
   (umask 077 && fill slurmdbd.conf >"$DIR/slurmdbd.conf")
-  if grep -q proctrack/cgroup "$CONF"; then render_cgroup_conf >"$DIR/cgroup.conf"; fi
+  render_cgroup_conf >"$DIR/cgroup.conf"
   mkdir -p "${SYSTEM_CONF%/*}"
   printf '%s\nInclude %s\n' "$MARKER $DIR" "$CONF" >"$SYSTEM_CONF"
 }
