@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+
+from llmops.agent.rundir import StoreError, open_rundir
 
 
 def main(argv: list[str]) -> int:
@@ -13,7 +16,8 @@ def main(argv: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for backend in ("local", "slurm"):
         verb = verbs.add_parser(backend, help=f"supervise a job of the {backend} backend")
-        verb.add_argument("--run", required=True, help="run directory")
+        verb.add_argument("--run", required=True, help="run directory: a path or a URL")
+        verb.add_argument("--helper", default="", help="command that starts a Python with llmops, for a URL alone")
         verb.add_argument("--submission", type=int, required=True)
     node = verbs.add_parser("node", help="run the ranks of one node (started by the supervisor)")
     node.add_argument("--node", type=int, default=None, help="index of this node; default: SLURM_NODEID")
@@ -24,12 +28,14 @@ def main(argv: list[str]) -> int:
         index = arguments.node if arguments.node is not None else int(os.environ["SLURM_NODEID"])
         return run_node(index)
     if arguments.verb == "slurm":
-        from llmops.agent.slurm import main as run_slurm
-
-        return run_slurm(arguments.run, arguments.submission)
-    from llmops.agent.local import main as run_local
-
-    return run_local(arguments.run, arguments.submission)
+        from llmops.agent.slurm import main as supervise
+    else:
+        from llmops.agent.local import main as supervise
+    try:
+        return supervise(open_rundir(arguments.run, shlex.split(arguments.helper)), arguments.submission)
+    except StoreError as error:
+        print(f"llmops: the supervisor cannot go on: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

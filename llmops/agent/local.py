@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+from llmops.agent import carry
 from llmops.agent.coordinator import StopRequest
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.policy.local import decide
+from llmops.agent.rundir import RunDir
 from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.supervise import Supervisor
 
@@ -18,20 +20,21 @@ from llmops.agent.supervise import Supervisor
 def launch(nodes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start the agent of the one node there is."""
     assert nodes == 1, "the local backend has one node"
+    command, source = carry.starter(sys.executable)
     return subprocess.Popen(
-        [sys.executable, sys.argv[0], "node", "--node", "0"],
+        [*command, "node", "--node", "0"],
         env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
+        stdin=source,
     )
 
 
-def main(run: str, submission: int) -> int:
+def main(rundir: RunDir, submission: int) -> int:
     """Entry point of ``agent.pyz local``."""
     # Before anything that takes time: a signal that comes now is kept for the first attempt.
     signals = SignalPipe(STOP_SIGNALS)
     host = socket.gethostname()
     job_id = f"{host}:{os.getpid()}:{start_ticks(os.getpid())}"
-    supervisor = Supervisor(run, submission, job_id, 0, [host], "127.0.0.1")
+    supervisor = Supervisor(rundir, submission, job_id, 0, [host], "127.0.0.1")
     grace = float(supervisor.spec["stop"]["local_grace_s"])
 
     def on_signal(name: str) -> StopRequest | None:

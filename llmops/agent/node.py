@@ -16,7 +16,7 @@ from typing import Any
 from llmops.agent import processes, ranks, snapshot
 from llmops.agent.control import ControlDir
 from llmops.agent.output import RankOutput
-from llmops.agent.rundir import RunDir
+from llmops.agent.rundir import RunDir, open_rundir
 from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.wire import Connection, Message
 
@@ -50,6 +50,7 @@ class NodeAgent:
         self.selector.register(self.signals, selectors.EVENT_READ, "signals")
         self.selector.register(self.coordinator, selectors.EVENT_READ, "coordinator")
         self.ranks: list[Rank] = []
+        self.rundir: RunDir | None = None
         self.control: ControlDir | None = None
         self.spec: dict[str, Any] = {}
         self.deadline: float | None = None  # epoch seconds by which a stop must be over
@@ -86,10 +87,14 @@ class NodeAgent:
                         self._pump(key.data)
                 self._reap()
                 self._check_time()
+                if self.rundir:
+                    self.rundir.tend()
         finally:
             self._kill()
             if self.control:
                 self.control.remove()
+            if self.rundir:
+                self.rundir.close()
 
     def _orphaned(self) -> int:
         if self.ranks:
@@ -115,11 +120,11 @@ class NodeAgent:
 
     def _start(self, message: Message) -> None:
         self.spec, attempt = message["spec"], message["attempt"]
-        rundir = RunDir(self.spec["run_url"])
+        self.rundir = rundir = open_rundir(self.spec["run_url"], [self.spec["python"]])
         self.control = ControlDir(self.spec["run_id"], attempt["number"], self.node)
         secrets = ranks.read_secrets(self.spec["options"].get("secrets_file"), self.spec["secrets"])
         archive = self.spec["code_archive"]
-        code = snapshot.unpack(archive) if archive else None
+        code = snapshot.unpack(archive, rundir) if archive else None
         per_node = self.spec["ranks_per_node"]
         self.reserved.close()
         for local_rank in range(per_node):

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import uuid
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+PATIENCE_S = 120.0  # for a store that is out of reach for a while
+
+
+class StoreError(OSError):
+    """The run store refused, or did not answer in time. One line."""
+
+
+class Sink(Protocol):
+    """Where output goes."""
+
+    def write(self, data: bytes) -> int:
+        """Append."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+def is_url(run: str) -> bool:
+    """Whether a run is in an object store, not in a folder."""
+    return "://" in run
+
+
+def open_rundir(run: str, command: Sequence[str] = ()) -> RunDir:
+    """The run directory ``run``. ``command``: what starts a Python that has llmops; needed for a URL alone."""
+    if not is_url(run):
+        return RunDir(run)
+    from llmops.agent.remote import RemoteRunDir
+
+    return RemoteRunDir(run, list(command) or [sys.executable])
 
 
 class RunDir:
@@ -15,16 +48,23 @@ class RunDir:
         self.root = root
 
     def path(self, name: str) -> str:
-        """Absolute path of ``name``."""
+        """Absolute path or URL of ``name``."""
         return os.path.join(self.root, name)
 
-    def get(self, name: str) -> dict[str, Any] | None:
-        """The JSON object ``name``, or None when it is absent."""
+    def get(self, name: str, patience_s: float = PATIENCE_S) -> dict[str, Any] | None:
+        """The JSON object ``name``, or None when it is absent.
+
+        ``patience_s``: how long a store that is out of reach is asked again; a file system answers in its own time.
+        """
         try:
             with open(self.path(name), "rb") as file:
-                value = json.load(file)
+                return self._object(name, file.read())
         except FileNotFoundError:
             return None
+
+    def _object(self, name: str, data: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{self.path(name)} is not JSON: {error}") from error
         if not isinstance(value, dict):
@@ -71,8 +111,19 @@ class RunDir:
         """Whether the object ``name`` is there."""
         return os.path.exists(self.path(name))
 
-    def stream(self, name: str) -> BinaryIO:
-        """An unbuffered stream that appends to part 0 of the output stream ``name``."""
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[str]:
+        """Path of a file with the content of ``name``, which may also be an absolute path or URL outside of the run."""
+        yield self.path(name)
+
+    def stream(self, name: str) -> Sink:
+        """The output stream ``name``, from its part 0: what is written is in the store at once, or within seconds."""
         target = self.path(f"{name}.000000.log")
         os.makedirs(os.path.dirname(target), exist_ok=True)
         return open(target, "ab", buffering=0)
+
+    def tend(self) -> None:
+        """To be called now and then while streams are open."""
+
+    def close(self) -> None:
+        """Store what was written to the streams, within seconds; there is nothing to wait for in a folder."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 import uuid
 from typing import Any
 
-from llmops.agent import scontrol
+from llmops.agent import carry, scontrol
 from llmops.agent.coordinator import StopRequest, log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.policy.slurm import decide, stop_deadline
+from llmops.agent.rundir import RunDir
 from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.supervise import Supervisor
 
@@ -23,13 +23,13 @@ from llmops.agent.supervise import Supervisor
 class SlurmSupervisor(Supervisor):
     """One SLURM job's supervisor, on its batch host."""
 
-    def __init__(self, run: str, submission: int) -> None:
+    def __init__(self, rundir: RunDir, submission: int) -> None:
         env = os.environ
         self.ref = scontrol.job_ref(dict(env))
         self.restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
         hosts = scontrol.host_names(env.get("SLURM_JOB_NODELIST", env.get("SLURMD_NODENAME", "localhost")))
         address = scontrol.node_address(env["SLURMD_NODENAME"]) if len(hosts) > 1 else "127.0.0.1"
-        super().__init__(run, submission, self.ref, self.restarts, hosts, address)
+        super().__init__(rundir, submission, self.ref, self.restarts, hosts, address)
         self.options: dict[str, Any] = self.spec["options"]
         self.warning_s = float(self.options["signal_s"])
         self.job = scontrol.show_job(self.ref)
@@ -40,11 +40,11 @@ class SlurmSupervisor(Supervisor):
         """Start one node agent a node. ``srun`` gets no signal of ours: it would forward it."""
         nodes = str(self.spec["nodes"])
         command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-        command += ["--export=ALL", "--input=none", *self.options["srun_args"], *self.options["wrap"]]
-        command += [self.spec["python"], sys.argv[0], "node"]
-        return subprocess.Popen(
-            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        agent, source = carry.starter(self.spec["python"])
+        # What srun reads, every task gets: this program itself, or nothing.
+        command += ["--export=ALL", "--input=none"] if source == subprocess.DEVNULL else ["--export=ALL"]
+        command += [*self.options["srun_args"], *self.options["wrap"], *agent, "node"]
+        return subprocess.Popen(command, env={**os.environ, **environment}, stdin=source, start_new_session=True)
 
     def on_signal(self, name: str) -> StopRequest | None:
         """A signal's meaning is not in its name: ask the controller how much time there is."""
@@ -101,15 +101,17 @@ class SlurmSupervisor(Supervisor):
             "created": time.time(),
             "successor_of": self.submission,
         }
-        spec = {**self.spec, "submission": number, "tag": tag}
+        script_of = int(self.options.get("script_of", self.submission))
+        options = {**self.options, "script_of": script_of}
+        spec = {**self.spec, "submission": number, "tag": tag, "options": options}
         folder = f"job/{number:04d}"
         before = self.rundir.get(f"{self.folder}/submission.json") or {}
         if not self.rundir.create(f"{folder}/submission.json", {**before, **record}):
             log("somebody resumed the run already")
             return 0
         self.rundir.create(f"{folder}/spec.json", spec)
-        script = self.rundir.path(f"job/{int(self.options.get('script_of', self.submission)):04d}/sbatch.sh")
-        job_id = scontrol.submit_successor(script, tag, self.ref, number)
+        with self.rundir.local_copy(f"job/{script_of:04d}/sbatch.sh") as script:
+            job_id = scontrol.submit_successor(script, tag, self.ref, number)
         if job_id is None:
             self.rundir.create(
                 f"{folder}/failed.json", {"error": "the controller refused a successor", "time": time.time()}
@@ -121,11 +123,11 @@ class SlurmSupervisor(Supervisor):
         return 0
 
 
-def main(run: str, submission: int) -> int:
+def main(rundir: RunDir, submission: int) -> int:
     """Entry point of ``agent.pyz slurm``, run by the batch script."""
     # Before anything that takes time: the batch script ignored stop signals until now.
     signals = SignalPipe(STOP_SIGNALS)
-    supervisor = SlurmSupervisor(run, submission)
+    supervisor = SlurmSupervisor(rundir, submission)
     return supervisor.run(
         signals, supervisor.launch, supervisor.on_signal, supervisor.poll, supervisor.decide, supervisor.act
     )

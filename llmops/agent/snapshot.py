@@ -7,6 +7,8 @@ import shutil
 import tarfile
 import tempfile
 
+from llmops.agent.rundir import RunDir
+
 
 def cache_root() -> str:
     """A folder of this user alone on the node's own disk."""
@@ -19,8 +21,8 @@ def cache_root() -> str:
     return root
 
 
-def unpack(archive: str) -> str:
-    """Unpack the content-addressed ``archive`` (``<sha256>.tar.gz``) and return its folder.
+def unpack(archive: str, rundir: RunDir) -> str:
+    """Unpack the content-addressed ``archive`` (path or URL of ``<sha256>.tar.gz``) and return its folder.
 
     Unpacked aside and renamed into place, so that a folder that exists is whole; attempts and runs of the same code
     share it.
@@ -31,7 +33,7 @@ def unpack(archive: str) -> str:
         return target
     aside = tempfile.mkdtemp(prefix=f"{digest[:12]}.", dir=os.path.dirname(target))
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with rundir.local_copy(archive) as path, tarfile.open(path, "r:gz") as tar:
             if hasattr(tarfile, "data_filter"):
                 tar.extractall(aside, filter="data")
             else:  # Python before 3.9.17: the archive is our own, from the run directory.

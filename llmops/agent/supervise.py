@@ -10,10 +10,11 @@ from typing import Any
 from llmops.agent import attempts
 from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest, log
 from llmops.agent.policy.common import Decision, Outcome
-from llmops.agent.rundir import RunDir
+from llmops.agent.rundir import RunDir, StoreError
 from llmops.agent.signals import SignalPipe
 
 INTENT_POLL_S = 3.0
+INTENT_PATIENCE_S = 3.0  # of a store that is no folder
 
 
 class Supervisor:
@@ -22,8 +23,10 @@ class Supervisor:
     A backend adds how agents start, what a signal means and what comes next.
     """
 
-    def __init__(self, run: str, submission: int, job_id: str, restart: int, hosts: list[str], address: str) -> None:
-        self.rundir = RunDir(run)
+    def __init__(
+        self, rundir: RunDir, submission: int, job_id: str, restart: int, hosts: list[str], address: str
+    ) -> None:
+        self.rundir = rundir
         self.folder = f"job/{submission:04d}"
         spec = self.rundir.get(f"{self.folder}/spec.json")
         if spec is None:
@@ -60,7 +63,12 @@ class Supervisor:
 
     def cancel_request(self, deadline: float) -> StopRequest | None:
         """The stop request that a cancellation calls for, or None when there is no cancellation."""
-        intent = self.rundir.get(f"{self.folder}/intent.json")
+        try:
+            intent = self.rundir.get(f"{self.folder}/intent.json", INTENT_PATIENCE_S)
+        except StoreError as error:
+            # A store out of reach must neither stop healthy ranks nor keep a signal waiting: it is asked again.
+            log(f"whether the run is cancelled cannot be seen now: {error}")
+            return None
         if intent is None:
             return None
         graceful = bool(intent.get("graceful"))

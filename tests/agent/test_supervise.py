@@ -18,8 +18,9 @@ from llmops.agent.supervise import Supervisor
 @pytest.fixture
 def supervisor(tmp_path):
     """A supervisor of submission 0, as job 17."""
-    RunDir(str(tmp_path)).create("job/0000/spec.json", {"stop": {"local_grace_s": 5}})
-    return Supervisor(str(tmp_path), 0, "17", 0, ["n1"], "127.0.0.1")
+    rundir = RunDir(str(tmp_path))
+    rundir.create("job/0000/spec.json", {"stop": {"local_grace_s": 5}})
+    return Supervisor(rundir, 0, "17", 0, ["n1"], "127.0.0.1")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def signals():
 def test_the_first_job_to_register_runs(supervisor):
     assert supervisor.may_run() is None
     assert supervisor.may_run() is None  # asked before every attempt
-    double = Supervisor(supervisor.rundir.root, 0, "18", 0, ["n1"], "127.0.0.1")
+    double = Supervisor(supervisor.rundir, 0, "18", 0, ["n1"], "127.0.0.1")
     assert "18 is a duplicate" in str(double.may_run())
 
 
