@@ -25,10 +25,10 @@ TINY = ("recipe=tiny", "train.max_steps=60", "checkpoint.every_steps=10", "eval.
 class Launcher:
     """One run store and the command line that works on it."""
 
-    def __init__(self, root: Path, backend: str, **env: str) -> None:
-        self.root, self.backend = root, backend
+    def __init__(self, root: Path | str, backend: str, **env: str) -> None:
+        self.url, self.root, self.backend = str(root), Path(root), backend
         # One composition cache for all tests, apart from the user's own.
-        self.env = {**os.environ, "LLMOPS_RUNS_URL": str(root), "PYTHONPATH": str(TREE), **env}
+        self.env = {**os.environ, "LLMOPS_RUNS_URL": self.url, "PYTHONPATH": str(TREE), **env}
 
     def call(self, *arguments: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""
@@ -85,7 +85,9 @@ class Launcher:
             time.sleep(0.05)
 
     def step(self, run_id: str) -> int | None:
-        """Last step in the newest attempt's metrics."""
+        """Last step in the newest attempt's metrics; where runs are in an object store, of the heartbeat of its rank 0."""
+        if "://" in self.url:
+            return self._heartbeat(run_id)
         parts = sorted(self.root.glob(f"{run_id}/metrics/*/*.jsonl"))
         steps = []
         for line in parts[-1].read_text().splitlines() if parts else []:
@@ -94,9 +96,20 @@ class Launcher:
                 steps.append(value["step"])
         return max(steps, default=None)
 
+    def _heartbeat(self, run_id: str) -> int | None:
+        for _, env in _processes():
+            if env.get("LLMOPS_RUN_ID") == run_id and env.get("RANK") == "0":
+                path = Path(env["LLMOPS_CONTROL_DIR"], "heartbeat.0")
+                try:
+                    step = json.loads(path.read_text())["step"]
+                except FileNotFoundError:
+                    continue
+                return None if step is None else int(step)
+        return None
+
     def losses(self, run_id: str) -> dict[int, float]:
         """Loss of every step of the merged trajectory; each step must be there once."""
-        steps = list(merged_metrics(load_run(open_store(self.root / run_id))))
+        steps = list(merged_metrics(load_run(open_store(self.url).sub(run_id))))
         numbers = [step["step"] for step in steps]
         assert numbers == sorted(set(numbers)), f"steps twice or out of order: {numbers}"
         return {step["step"]: step["loss"] for step in steps}
@@ -126,13 +139,22 @@ class Launcher:
         found = []
         for pid, env in _processes():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if env.get("LLMOPS_RUN_ID") == run_id or (run_id in command and "agent/" in command):
+            supervisor = any(sign in command for sign in ("agent/", "/proc/self/fd/", "llmops.runs.remote"))
+            if env.get("LLMOPS_RUN_ID") == run_id or (run_id in command and supervisor):
                 found.append(f"{pid} {command}")
         return found
 
     def trace(self, run_id: str) -> str:
         """Everything that helps to understand a failed test."""
         texts = []
+        if "://" in self.url:
+            store = open_store(self.url).sub(run_id)
+            ends = [f"attempts/{name}/end.json" for name in store.list("attempts")]
+            texts = [f"--- {end}\n{store.get(end).decode()}" for end in ends if store.exists(end)]
+            texts.append(self.call("logs", run_id, "--tail", "50").stdout)
+            own = [*Path(self.env.get("XDG_STATE_HOME", "/nowhere")).rglob(f"{run_id}.*")]
+            texts.extend(f"--- {path}\n{path.read_text()[-3000:]}" for path in own)
+            return "\n".join(texts)
         for pattern in ("job/*/supervisor.log", "job/*/slurm-*.out", "attempts/*/end.json", "logs/*/*/*.log"):
             texts.extend(
                 f"--- {path.relative_to(self.root)}\n{path.read_text(errors='replace')[-3000:]}"
