@@ -96,7 +96,7 @@ def snapshot(root: Path | None, runs_url: str, max_mb: float, exclude: Sequence[
 
 
 def _root(root: Path | None) -> Path:
-    chosen = (root or Path()).expanduser().resolve()
+    chosen = Path(os.path.realpath(os.path.expanduser(root or Path())))  # noqa: PTH111 - copes with links to themselves
     if not chosen.is_dir():
         raise UserError(f"code.root={root}: there is no such folder")
     return chosen
@@ -119,7 +119,7 @@ def _inside(folder: Path | None, root: Path) -> str | None:
     """The runs folder relative to the root, when it lies in it."""
     if folder is None:
         return None
-    resolved = folder.resolve()
+    resolved = Path(os.path.realpath(folder))
     if resolved == root:
         raise UserError(
             f"runs_url={folder} is the folder of the code itself: choose a folder of its own, such as runs/"
