@@ -25,7 +25,7 @@ from llmops.config.schema import backend as backend_of
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobSpec, RetryPolicy, StopPolicy
 from llmops.runs import records
-from llmops.runs.store import Store, default_runs_url, open_store
+from llmops.runs.store import PosixStore, Store, default_runs_url, open_store
 
 MAX_NAME = 120
 UNKNOWN_AGENT = "0" * 20 + ".pyz"
@@ -40,7 +40,6 @@ class Prepared:
     run_id: str
     name: str
     runs: Store
-    runs_dir: Path
     owner: str
     host: str
     created: float
@@ -51,9 +50,9 @@ class Prepared:
         return self.composed.config
 
     @property
-    def run_dir(self) -> Path:
-        """The run's directory."""
-        return self.runs_dir / self.run_id
+    def run_url(self) -> str:
+        """The run's directory: an absolute path or a URL."""
+        return f"{self.runs.url}/{self.run_id}"
 
 
 def prepare(composed: Composed, runs_url: str | None) -> Prepared:
@@ -66,21 +65,19 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
         if backend.name != "local":
             raise UserError(
                 f"runs_url is not set, and the {backend.name} backend has no default that every node could reach: "
-                "set runs_url=, --runs-url or LLMOPS_RUNS_URL to a folder on a shared file system"
+                "set runs_url=, --runs-url or LLMOPS_RUNS_URL to a folder on a shared file system or an object store"
             )
         url = default_runs_url()
     runs = open_store(url)
-    if runs.local_path is None:
-        raise UserError(
-            f"runs_url={url}: the {backend.name} backend needs a folder; give a path on a shared file system"
-        )
-    backend.check(config.cluster, str(runs.local_path / "run"))
+    if runs.url.startswith("memory://"):
+        raise UserError(f"runs_url={url}: no job can reach the memory of this process; give a path or an object store")
+    backend.check(config.cluster, f"{runs.url}/run")
     for secret in config.secrets:
         if secret not in os.environ:
             raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
     now = time.time()
     owner, host = records.whoami()
-    return Prepared(composed, backend, records.new_run_id(name, now), name, runs, runs.local_path, owner, host, now)
+    return Prepared(composed, backend, records.new_run_id(name, now), name, runs, owner, host, now)
 
 
 def check_name(name: str) -> str:
@@ -98,11 +95,11 @@ def job_spec(
     """What the supervisor will run. ``work_dir``: where it runs without an archive; by default the current folder."""
     config = prepared.config
     python = config.cluster.python or sys.executable
-    trainer = [python, "-m", "llm.train", "--config", str(prepared.run_dir / config_path)]
-    values = {"runs_dir": str(prepared.runs_dir), "warning_s": warning_seconds(config)}
+    trainer = [python, "-m", "llm.train", "--config", f"{prepared.run_url}/{config_path}"]
+    values = {"runs_url": prepared.runs.url, "warning_s": warning_seconds(config)}
     options = prepared.backend.options(config.cluster, values)
     if config.secrets:
-        options["secrets_file"] = str(prepared.run_dir / "job" / f"{submission:04d}" / "secrets.json")
+        options["secrets_file"] = str(secrets_file(prepared, submission))
     if archive is None:
         options["work_dir"] = work_dir or str(Path.cwd())
     return JobSpec(
@@ -111,7 +108,7 @@ def job_spec(
         submission=submission,
         tag=tag,
         backend=prepared.backend.name,
-        run_url=str(prepared.run_dir),
+        run_url=prepared.run_url,
         nodes=config.cluster.nodes,
         ranks_per_node=config.cluster.ranks_per_node,
         command=config.command or trainer,
@@ -137,6 +134,23 @@ def job_spec(
     )
 
 
+def agent_path(prepared: Prepared) -> Path | None:
+    """Where the supervisor lies in a run store that is a folder. With others it travels inside the job."""
+    folder = prepared.runs.local_path
+    return folder / "agent" / agent_zip.build()[0] if folder else None
+
+
+def secrets_file(prepared: Prepared, submission: int) -> Path:
+    """Where the values of secrets are: beside the submission, or in the user's home where the store is no folder."""
+    folder = prepared.runs.local_path
+    if folder is not None:
+        return folder / prepared.run_id / "job" / f"{submission:04d}" / "secrets.json"
+    import platformdirs
+
+    home = Path(platformdirs.user_data_dir("llmops", appauthor=False))
+    return home / "secrets" / f"{prepared.run_id}.{submission}.json"
+
+
 def new_tag(run_id: str, submission: int) -> str:
     """A job name that no other submission has, ever: what a submission without an answer is looked up by."""
     return f"{run_id}.{submission}.{random.token_hex(4)}"
@@ -144,10 +158,9 @@ def new_tag(run_id: str, submission: int) -> str:
 
 def dry_run(prepared: Prepared) -> str:
     """Exactly what would be submitted, but for the random parts of its names."""
-    archive = str(prepared.runs_dir / "code" / "SNAPSHOT.tar.gz") if prepared.config.code.enabled else None
+    archive = f"{prepared.runs.url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None
     spec = job_spec(prepared, 0, new_tag(prepared.run_id, 0), "config.yaml", archive)
-    agent = prepared.runs_dir / "agent" / agent_zip.build()[0]
-    return prepared.backend.render(prepared.config.cluster, spec, prepared.run_dir, agent)
+    return prepared.backend.render(prepared.config.cluster, spec, agent_path(prepared))
 
 
 def start(prepared: Prepared) -> Store:
@@ -192,30 +205,26 @@ def submit(
     took it.
     """
     tag = new_tag(prepared.run_id, number)
-    folder = prepared.run_dir / "job" / f"{number:04d}"
     record = records.SubmissionRecord(
         number=number, tag=tag, backend=prepared.backend.name, created=time.time(), config=config_path
     )
     spec = job_spec(prepared, number, tag, config_path, archive, work_dir)
-    agent_name, agent_bytes = agent_zip.build()
-    agents = prepared.runs.sub("agent")
-    if not agents.exists(agent_name):
-        agents.create(agent_name, agent_bytes)
-    agent = prepared.runs_dir / "agent" / agent_name
-    text = prepared.backend.render(prepared.config.cluster, spec, prepared.run_dir, agent)
+    agent = agent_path(prepared)
+    text = prepared.backend.render(prepared.config.cluster, spec, agent)
+    if agent is not None and not prepared.runs.exists(f"agent/{agent.name}"):
+        prepared.runs.create(f"agent/{agent.name}", agent_zip.build()[1])
     if not records.write_submission(run, record):
         raise UserError(f"{prepared.run_id} is being resumed by somebody else just now; see `llmops status`")
     job = run.sub(f"job/{number:04d}")
     if prepared.config.secrets:
         values = {name: os.environ[name] for name in prepared.config.secrets}
-        job.create("secrets.json", json.dumps(values).encode(), mode=0o600)
+        path = secrets_file(prepared, number)
+        PosixStore(path.parent).create(path.name, json.dumps(values).encode(), mode=0o600)
     job.create("sbatch.sh" if prepared.backend.name == "slurm" else "command.txt", text.encode())
     # The last object before the call: a submission without it was never sent.
     job.create("spec.json", json.dumps(spec.to_json(), indent=1, sort_keys=True).encode())
     try:
-        job_id = prepared.backend.submit(
-            Submission(spec, prepared.run_dir, agent, folder, hidden_env=prepared.config.secrets)
-        )
+        job_id = prepared.backend.submit(Submission(spec, agent, text, hidden_env=prepared.config.secrets))
     except Rejected as error:
         records.write_failed(run, number, str(error))
         raise UserError(f"{prepared.backend.name} refused the job: {error}") from error

@@ -24,6 +24,10 @@ class _Lost(Exception):
     """The helper died, or hung and was killed."""
 
 
+class _Late(Exception):
+    """No answer yet, and the caller has no more time."""
+
+
 class Helper:
     """A client of one helper process. Not for threads: one request at a time."""
 
@@ -41,14 +45,17 @@ class Helper:
         Raises :class:`StoreError` when it refuses or that time is over.
         """
         deadline = time.monotonic() + patience_s
-        pause = 0.5
+        pause, losses = 0.5, 0
         while True:
             try:
-                reply = self._exchange({"op": op, **arguments}, min(deadline, time.monotonic() + CALL_S))
+                reply = self._exchange({"op": op, **arguments}, deadline)
+            except _Late as error:
+                raise StoreError(f"{self.url}: the store did not answer within {patience_s:.0f} s") from error
             except _Lost as error:
-                if self.starts > RESTARTS:
-                    raise StoreError(f"{self.url}: {error}") from error
-                problem = str(error)
+                losses += 1
+                problem = f"{self.url}: {error}"
+                if losses > RESTARTS:
+                    raise StoreError(problem) from error
             else:
                 if "error" not in reply:
                     return reply["value"]
@@ -103,11 +110,21 @@ class Helper:
         os.set_blocking(self._requests, False)
 
     def _exchange(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """One request and its answer.
+
+        A helper that is late is left alone, unless it had :data:`CALL_S`; what it still answers is skipped then.
+        """
         self._number += 1
+        hung = time.monotonic() + CALL_S
         try:
             self._start()
-            self._send(json.dumps({**request, "id": self._number}).encode() + b"\n", deadline)
-            return self._receive(deadline)
+            self._send(json.dumps({**request, "id": self._number}).encode() + b"\n", min(deadline, hung))
+            return self._receive(min(deadline, hung))
+        except _Late as error:
+            if time.monotonic() < hung:
+                raise
+            self._kill()
+            raise _Lost(f"the store did not answer within {CALL_S:.0f} s") from error
         except _Lost:
             self._kill()
             raise
@@ -119,7 +136,7 @@ class Helper:
         while data:
             _, ready, _ = select.select([], [self._requests], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise _Lost("the helper does not read what it is asked")
+                raise _Late
             data = data[os.write(self._requests, data) :]
 
     def _receive(self, deadline: float) -> dict[str, Any]:
@@ -131,7 +148,7 @@ class Helper:
                     return reply
             ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise _Lost("the store did not answer in time")
+                raise _Late
             data = os.read(self._answers, 1 << 20)
             if not data:
                 raise _Lost(

@@ -20,12 +20,11 @@ class Ambiguous(Exception):
 
 @dataclass(frozen=True)
 class Submission:
-    """What is handed to the scheduler: files of the run directory, which the jobs reach by the same path."""
+    """What is handed to the scheduler."""
 
     spec: JobSpec
-    run_dir: Path
-    agent: Path
-    folder: Path  # job/NNNN of this submission
+    agent: Path | None  # the supervisor, where the run store is a folder; else it is inside what is submitted
+    text: str  # as rendered, and as it lies in the run directory
     hidden_env: Sequence[str]  # names that must not be inherited: the values of secrets travel by file
 
 
@@ -34,14 +33,14 @@ class Backend(Protocol):
 
     name: str
 
-    def check(self, cluster: Any, run_dir: str) -> None:
+    def check(self, cluster: Any, run_url: str) -> None:
         """Refuse, before anything is written, what the scheduler would refuse or leave pending for ever."""
 
     def options(self, cluster: Any, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """The backend's own part of ``JobSpec.options``."""
 
-    def render(self, cluster: Any, spec: JobSpec, run_dir: Path, agent: Path) -> str:
-        """The text that will be submitted."""
+    def render(self, cluster: Any, spec: JobSpec, agent: Path | None) -> str:
+        """The text that will be submitted. ``agent``: see :class:`Submission`."""
 
     def submit(self, submission: Submission) -> str:
         """Submit and return the job id. Raises :class:`Rejected` or :class:`Ambiguous`."""

@@ -8,11 +8,15 @@ import shlex
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmops import agent_zip
+from llmops.agent import carry
 from llmops.agent.local import start_ticks
+from llmops.agent.rundir import is_url
 from llmops.backends.base import Rejected, Submission
 from llmops.errors import UserError
 from llmops.job import JobSpec, JobView
@@ -25,7 +29,7 @@ class LocalBackend:
 
     name = "local"
 
-    def check(self, cluster: Any, run_dir: str) -> None:
+    def check(self, cluster: Any, run_url: str) -> None:
         """One node there is, and a Python to start the ranks with."""
         if cluster.nodes != 1:
             raise UserError(
@@ -36,25 +40,31 @@ class LocalBackend:
         """Nothing of its own."""
         return {}
 
-    def render(self, cluster: Any, spec: JobSpec, run_dir: Path, agent: Path) -> str:
+    def render(self, cluster: Any, spec: JobSpec, agent: Path | None) -> str:
         """The command line of the supervisor."""
-        return shlex.join(self._command(spec, run_dir, agent)) + "\n"
+        return shlex.join(self._command(spec, agent)) + "\n"
 
-    def _command(self, spec: JobSpec, run_dir: Path, agent: Path) -> list[str]:
-        return [spec.python, str(agent), "local", "--run", str(run_dir), "--submission", str(spec.submission)]
+    def _command(self, spec: JobSpec, agent: Path | None) -> list[str]:
+        program = [str(agent)] if agent else ["-c", carry.BOOTSTRAP]
+        return [spec.python, *program, "local", "--run", spec.run_url, "--submission", str(spec.submission)]
 
     def submit(self, submission: Submission) -> str:
         """Start the supervisor in a session of its own."""
         spec = submission.spec
         env = {name: value for name, value in os.environ.items() if name not in submission.hidden_env}
-        with (submission.folder / "supervisor.log").open("ab") as log:
+        log_file = _log_file(spec)
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("ab") as log, tempfile.TemporaryFile() as source:
+            if submission.agent is None:
+                source.write(carry.embed(agent_zip.build()[1]).encode())
+                source.seek(0)
             try:
                 process = subprocess.Popen(
-                    self._command(spec, submission.run_dir, submission.agent),
-                    stdin=subprocess.DEVNULL,
+                    self._command(spec, submission.agent),
+                    stdin=source,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=submission.run_dir,
+                    cwd="/" if is_url(spec.run_url) else spec.run_url,
                     env={**env, TAG: spec.tag},
                     start_new_session=True,
                 )
@@ -95,6 +105,16 @@ class LocalBackend:
             if pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
+
+
+def _log_file(spec: JobSpec) -> Path:
+    """Where the supervisor's own lines go."""
+    if not is_url(spec.run_url):
+        return Path(spec.run_url, "job", f"{spec.submission:04d}", "supervisor.log")
+    import platformdirs
+
+    state = Path(platformdirs.user_state_dir("llmops", appauthor=False))
+    return state / "supervisors" / f"{spec.run_id}.{spec.submission}.log"
 
 
 def _parse(job_id: str) -> tuple[str, int | None]:

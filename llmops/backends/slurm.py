@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmops import agent_zip
+from llmops.agent import carry
+from llmops.agent.rundir import is_url
 from llmops.backends.base import Ambiguous, Rejected, Submission
 from llmops.backends.slurm_limits import check_limits, check_reachable
 from llmops.config.schema import SlurmCluster, time_limit_seconds
@@ -40,11 +44,16 @@ _STATES: dict[str, JobState] = {
 }
 
 
-def call(*command: str, env: Mapping[str, str] | None = None, timeout: float = CALL_TIMEOUT_S) -> tuple[int, str, str]:
-    """Run a SLURM command: exit code, output, errors on one line. 124 when it did not answer in time."""
+def call(
+    *command: str, env: Mapping[str, str] | None = None, timeout: float = CALL_TIMEOUT_S, text: str = ""
+) -> tuple[int, str, str]:
+    """Run a SLURM command, with ``text`` as its input: exit code, output, errors on one line.
+
+    124 when it did not answer in time.
+    """
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, env=clean_env(env or os.environ)
+            command, input=text.encode(), capture_output=True, timeout=timeout, env=clean_env(env or os.environ)
         )
     except FileNotFoundError as error:
         raise ClusterError(
@@ -70,26 +79,34 @@ class SlurmBackend:
 
     name = "slurm"
 
-    def check(self, cluster: SlurmCluster, run_dir: str) -> None:
+    def check(self, cluster: SlurmCluster, run_url: str) -> None:
         """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""
+        if cluster.log_dir is not None and not Path(cluster.log_dir).expanduser().is_dir():
+            raise UserError(f"cluster.log_dir={cluster.log_dir}: there is no such folder; make it, on every node")
+        if is_url(run_url) and cluster.container.runtime == "pyxis":
+            raise UserError(
+                f"runs_url={run_url.rpartition('/')[0]}: with cluster.container.runtime=pyxis runs must be in a folder "
+                "(the supervisor on the batch host is outside of the container); use a folder, or apptainer"
+            )
         code, output, errors = call("sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G", timeout=30)
         if code:
             raise ClusterError(
                 f"the SLURM controller does not answer ({errors}); nothing was submitted: try again later"
             )
         partition = check_limits(cluster, output)
-        check_reachable(run_dir, partition, lambda: call("sinfo", "-h", "-p", partition, "-O", "NodeHost:64")[1])
+        if not is_url(run_url):
+            check_reachable(run_url, partition, lambda: call("sinfo", "-h", "-p", partition, "-O", "NodeHost:64")[1])
 
     def options(self, cluster: SlurmCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """What the supervisor adds to its ``srun``, and when it is warned."""
-        container = cluster.container
+        container, runs = cluster.container, str(spec_values["runs_url"])
         cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
         srun, wrap = [f"--cpus-per-task={cpus}"], list[str]()
         if container.runtime == "pyxis":
-            mounts = [f"{spec_values['runs_dir']}:{spec_values['runs_dir']}", *container.mounts]
+            mounts = [f"{runs}:{runs}", *container.mounts]
             srun += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", *container.args]
         elif container.runtime == "apptainer":
-            wrap = ["apptainer", "exec", "--bind", spec_values["runs_dir"]]
+            wrap = ["apptainer", "exec"] if is_url(runs) else ["apptainer", "exec", "--bind", runs]
             wrap += [part for mount in container.mounts for part in ("--bind", mount)]
             wrap += [*container.args, str(container.image)]
         return {
@@ -99,9 +116,9 @@ class SlurmBackend:
             "requeue_delay_s": REQUEUE_DELAY_S,
         }
 
-    def render(self, cluster: SlurmCluster, spec: JobSpec, run_dir: Path, agent: Path) -> str:
+    def render(self, cluster: SlurmCluster, spec: JobSpec, agent: Path | None) -> str:
         """The batch script."""
-        folder = run_dir / "job" / f"{spec.submission:04d}"
+        folder, output = _output(cluster, spec)
         cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
         limit = time_limit_seconds(cluster.time)
         options = {
@@ -126,10 +143,10 @@ class SlurmBackend:
             "mail-type": cluster.mail_type,
             "comment": cluster.comment,
             "dependency": cluster.dependency,
-            "chdir": _pattern_free(run_dir),
+            "chdir": _pattern_free(folder),
             # A name without a pattern but the job's number: it fits arrays, and append keeps the lines of earlier
             # attempts.
-            "output": f"{_pattern_free(folder)}/slurm-%j.out",
+            "output": f"{_pattern_free(output.parent)}/{output.name}",
             "open-mode": "append",
             "requeue": True,
             "signal": f"B:USR1@{spec.options['signal_s']}",
@@ -139,18 +156,26 @@ class SlurmBackend:
             "options": [*sbatch_options(options), *cluster.extra],
             "setup": cluster.setup,
             "python": spec.python if cluster.container.runtime == "none" else "python3",
-            "agent": agent,
-            "run": run_dir,
+            "run": spec.run_url,
             "submission": spec.submission,
             "spec": spec,
             "cluster": cluster,
         }
+        if agent is not None:
+            values["agent"] = agent
+        else:
+            values |= {"bootstrap": carry.BOOTSTRAP, "embedded": carry.embed(agent_zip.build()[1]).rstrip()}
+            values["helper"] = shlex.join([*spec.options["wrap"], spec.python]) if spec.options["wrap"] else None
         return render_template("sbatch.sh.j2", cluster.template, values)
 
     def submit(self, submission: Submission) -> str:
         """``sbatch``; when it does not answer, the tag is looked up before anything is said."""
         env = {name: value for name, value in os.environ.items() if name not in submission.hidden_env}
-        code, output, errors = call("sbatch", "--parsable", str(submission.folder / "sbatch.sh"), env=env)
+        if submission.agent is None:
+            code, output, errors = call("sbatch", "--parsable", env=env, text=submission.text)
+        else:
+            script = f"{submission.spec.run_url}/job/{submission.spec.submission:04d}/sbatch.sh"
+            code, output, errors = call("sbatch", "--parsable", script, env=env)
         if code == 0 and output.strip():
             return output.strip().splitlines()[-1].split(";")[0]
         if not _unanswered(code, errors):
@@ -211,10 +236,18 @@ class SlurmBackend:
                 raise ClusterError(f"scancel: {errors}; the cancellation is recorded, so the run will not start again")
 
 
+def _output(cluster: SlurmCluster, spec: JobSpec) -> tuple[Path, Path]:
+    """The folder that the job starts in, and SLURM's own output file, in which ``%j`` stands for the job's number."""
+    if is_url(spec.run_url) or cluster.log_dir is not None:
+        folder = Path(cluster.log_dir or ".").expanduser().absolute()
+        return folder, folder / f"{spec.run_id}.%j.out"
+    return Path(spec.run_url), Path(spec.run_url, "job", f"{spec.submission:04d}", "slurm-%j.out")
+
+
 def _pattern_free(path: Path) -> str:
     """A path in which sbatch sees no filename pattern. A backslash would switch off all of them and cannot be used."""
     if "\\" in str(path):
-        raise UserError(f"runs_url={path}: sbatch cannot write to a path with a backslash; choose another")
+        raise UserError(f"{path}: sbatch cannot write to a path with a backslash; choose another folder")
     return str(path).replace("%", "%%")
 
 

@@ -102,6 +102,7 @@ class SlurmCluster(
     setup: list[str] = []
     extra: list[str] = []
     signal_s: PositiveInt | None = None
+    log_dir: str | None = None
     template: str | None = None
     python: str | None = None
 

@@ -85,7 +85,7 @@ class Launcher:
             time.sleep(0.05)
 
     def step(self, run_id: str) -> int | None:
-        """Last step in the newest attempt's metrics; where runs are in an object store, of the heartbeat of its rank 0."""
+        """Last step in the newest attempt's metrics, or in an object store: of its rank 0's heartbeat."""
         if "://" in self.url:
             return self._heartbeat(run_id)
         parts = sorted(self.root.glob(f"{run_id}/metrics/*/*.jsonl"))

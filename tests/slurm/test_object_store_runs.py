@@ -1,0 +1,47 @@
+"""A run on the real SLURM that shares no folder: its store is a real S3 server, its supervisor travels in the script."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
+from tests.launcher.harness import TINY, Launcher
+from tests.slurm import cluster
+
+
+@pytest.fixture
+def remote(slurm, s3_url, tmp_path):
+    """A run store on the S3 server; SLURM's own output in a folder of the test."""
+    yield Launcher(s3_url, "slurm", XDG_DATA_HOME=str(tmp_path / "data"))
+    cluster.cancel_all()
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_path, requeue):  # noqa: F811
+    run_id = remote.submit(*TINY, f"cluster.log_dir={tmp_path}")
+    remote.wait_step(run_id, 12)
+    if not requeue:
+        cluster.run(["scontrol", "update", f"jobid={remote.status(run_id)['job_ids'][0]}", "requeue=0"])
+    cluster.preempt()
+    value = remote.wait(run_id, "finished", timeout=200)
+    assert [attempt["reason"] for attempt in value["attempts"]] == ["preempted", "finished"]
+    first, second = value["attempts"]
+    assert second["first_step"] == first["last_step"] + 1
+    assert len(value["job_ids"]) == (1 if requeue else 2)
+    assert remote.losses(run_id) == undisturbed
+    output = "".join(path.read_text() for path in tmp_path.glob(f"{run_id}.*.out"))
+    assert "attempt 1 ended: finished" in output
+    assert "[0/1]" in remote.ok("logs", run_id)
+    remote.wait_for(lambda: remote.alive(run_id) == [], 20, "all processes to be gone", run_id)
+
+
+def test_a_log_folder_that_is_not_there_is_refused(remote):
+    done = remote.call("submit", "--backend", "slurm", "cluster.log_dir=/no/such", "--", "true")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cluster.log_dir=/no/such" in done.stderr
+
+
+def test_the_script_is_readable_and_carries_the_supervisor(remote):
+    script = remote.ok("render", "--backend", "slurm", *TINY)
+    assert f"--run {remote.url}/" in script
+    assert "<<'AGENT'" in script
