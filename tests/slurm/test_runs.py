@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from llmops.config.compose import load_config
+from llmops.render import sbatch_options
 from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
-from tests.launcher.harness import TINY, Launcher
+from tests.launcher.harness import LLMOPS, TINY, TREE, Launcher
 from tests.slurm import cluster
 
 
@@ -304,3 +310,68 @@ def test_a_job_that_was_accepted_twice_runs_once(launcher):
     assert "is a duplicate" in output
     assert len(launcher.status(run_id)["attempts"]) == 1
     launcher.ok("cancel", run_id)
+
+
+def test_kill_9_of_the_launcher_at_any_moment(launcher):
+    """Either no job, or a job that ``status`` knows; never two."""
+    submit = [*LLMOPS, "submit", "--backend", "slurm", 'cluster.extra=["--hold"]']
+    whole = time.monotonic()
+    launcher.ok(*submit[len(LLMOPS) :], "--name", "whole", "--", "true")
+    whole = time.monotonic() - whole
+    for number, fraction in enumerate((0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)):
+        process = subprocess.Popen(
+            [*submit, "--name", f"moment {number}", "--", "true"],
+            env=launcher.env,
+            cwd=TREE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(whole * fraction)  # the moment itself is what is tested
+        process.kill()
+        process.wait()
+    values = json.loads(launcher.ok("status", "--json"))
+    names = cluster.run(["squeue", "-h", "-o", "%j"]).stdout.split()
+    for value in values:
+        jobs = [name for name in names if name.startswith(value["id"] + ".")]
+        assert len(jobs) == (1 if value["state"] == "pending" else 0), (value, jobs)
+    assert len(names) == sum(value["state"] == "pending" for value in values)
+    assert "whole" in {value["name"] for value in values if value["state"] == "pending"}
+
+
+TEXTS = [
+    "plain",
+    "two  blanks",
+    'a"b',
+    "it's",
+    "back\\slash",
+    "$(id) `id` $HOME",
+    "a#b # c",
+    "ünïcode ☃",
+    "%j %%",
+    "\ttab",
+]
+
+
+def test_sbatch_lines_arrive_as_they_were(slurm, tmp_path):
+    for text in TEXTS:
+        script = tmp_path / "job.sh"
+        options = sbatch_options({"comment": text, "hold": True, "output": "/dev/null"})
+        script.write_text("#!/bin/bash\n" + "".join(f"#SBATCH {option}\n" for option in options) + "true\n")
+        job_id = cluster.run(["sbatch", "--parsable", str(script)]).stdout.strip()
+        assert cluster.run(["squeue", "-h", "-j", job_id, "-o", "%k"]).stdout == text + "\n"
+        cluster.run(["scancel", job_id])
+
+
+def test_the_trainer_alone_under_plain_srun(slurm, tmp_path):
+    """Without our supervisor, submitit's reading of SLURM's environment says which rank this is."""
+    config = tmp_path / "config.yaml"
+    overrides = ["recipe=tiny", "train.max_steps=4", "train.warmup_steps=2", "eval.batches=1", "eval.sample_prompts=[]"]
+    config.write_text(load_config(["cluster=slurm", *overrides]).yaml_text)
+    command = [sys.executable, "-m", "llm.train", "--config", str(config), "--run-url", str(tmp_path / "run")]
+    done = cluster.run(["srun", "-N2", "-n2", "--ntasks-per-node=1", *command], timeout=120, cwd=TREE)
+    lines = (tmp_path / "run" / "metrics" / "0000" / "000000.jsonl").read_text().splitlines()
+    assert [value["step"] for value in map(json.loads, lines) if value["kind"] == "step"] == [1, 2, 3, 4], done.stdout
+    assert sorted(path.name for path in tmp_path.glob("run/checkpoints/*/*/*.safetensors")) == [
+        "rank00000.safetensors",
+        "rank00001.safetensors",
+    ]
