@@ -27,7 +27,7 @@ from llmops.job import JobSpec, RetryPolicy, StopPolicy
 from llmops.runs import records
 from llmops.runs.store import PosixStore, Store, default_runs_url, open_store
 
-MAX_NAME = 120
+MAX_NAME = 100
 UNKNOWN_AGENT = "0" * 20 + ".pyz"
 
 
