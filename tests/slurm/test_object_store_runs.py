@@ -1,4 +1,4 @@
-"""A run on the real SLURM that shares no folder: its store is a real S3 server, its supervisor travels in the script."""
+"""Runs on the real SLURM that share no folder: the store is a real S3 server, the supervisor is in the script."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_p
     assert remote.losses(run_id) == undisturbed
     output = "".join(path.read_text() for path in tmp_path.glob(f"{run_id}.*.out"))
     assert "attempt 1 ended: finished" in output
-    assert "[0/1]" in remote.ok("logs", run_id)
+    assert "[0/0] step" in remote.ok("logs", run_id)
+    assert "[1/0] step" in remote.ok("logs", run_id)
     remote.wait_for(lambda: remote.alive(run_id) == [], 20, "all processes to be gone", run_id)
 
 
