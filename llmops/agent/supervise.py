@@ -15,6 +15,7 @@ from llmops.agent.signals import SignalPipe
 
 INTENT_POLL_S = 3.0
 INTENT_PATIENCE_S = 3.0  # of a store that is no folder
+OUTAGE_POLL_S = 20.0  # how often one that is out of reach is asked
 
 
 class Supervisor:
@@ -68,6 +69,7 @@ class Supervisor:
         except StoreError as error:
             # A store out of reach must neither stop healthy ranks nor keep a signal waiting: it is asked again.
             log(f"whether the run is cancelled cannot be seen now: {error}")
+            self._polled = time.monotonic() + OUTAGE_POLL_S - INTENT_POLL_S
             return None
         if intent is None:
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +69,39 @@ def test_all_output_is_stored_in_parts_and_secrets_stay_out(remote, tmp_path):
     assert lines == [*map(str, range(1, 100001)), "token [secret]", "no newline"]
     (secrets,) = (tmp_path / "data").rglob("*.json")
     assert secrets.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_store_out_of_reach_keeps_neither_ranks_nor_signals_waiting(remote, s3_server):
+    """The server stands still for a while; a stop request in the middle of that is passed on at once."""
+    program = "trap 'echo stopped; exit 75' TERM; echo begun; for i in $(seq 300); do sleep 0.1; done"
+    run_id = remote.submit(command=("bash", "-c", program))
+    remote.wait_for(lambda: "begun" in remote.call("logs", run_id).stdout, 40, "the output", run_id)
+    pid, server, (rank,) = supervisor(remote, run_id), server_pid(s3_server), remote.ranks(run_id).values()
+    os.kill(server, signal.SIGSTOP)
+    try:
+        time.sleep(8)
+        os.kill(rank, 0)
+        os.kill(pid, signal.SIGTERM)
+        remote.wait_for(lambda: rank not in remote.ranks(run_id).values(), 15, "the rank to stop", run_id)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    remote.wait_for(lambda: len(remote.status(run_id)["attempts"]) == 2, 60, "the next attempt", run_id)
+    assert remote.status(run_id)["attempts"][0]["reason"] == "preempted"
+    remote.ok("cancel", run_id)
+
+
+def server_pid(endpoint):
+    """The S3 server's process, by the port on its command line."""
+    option = f"-s3.port={endpoint.rsplit(':', 1)[1]}".encode()
+    (pid,) = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if option in read(path).split(b"\0")]
+    return int(pid)
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize(
