@@ -159,7 +159,16 @@ class _Reader:
             self.problems.append(f"{path} is missing")
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self.problems.append(f"{path}: {error}")
+        except UserError as error:  # a run of somebody else, in a store that is shared
+            self.problems.append(str(error))
         return None
+
+    def numbers(self, folder: str) -> list[str]:
+        try:
+            return [name for name in self.store.list(folder) if _NUMBER.fullmatch(name)]
+        except UserError as error:
+            self.problems.append(str(error))
+            return []
 
     def submission(self, name: str) -> Submission | None:
         folder = f"job/{name}"
@@ -206,8 +215,8 @@ def load_run(store: Store) -> Run:
         )
     if record and record.id != run_id:
         reader.problems.append(f"run.json says that this is run {record.id}; the directory was renamed or copied")
-    submissions = [reader.submission(name) for name in store.list("job") if _NUMBER.fullmatch(name)]
-    attempts = [reader.attempt(name) for name in store.list("attempts") if _NUMBER.fullmatch(name)]
+    submissions = [reader.submission(name) for name in reader.numbers("job")]
+    attempts = [reader.attempt(name) for name in reader.numbers("attempts")]
     return Run(
         store,
         run_id,

@@ -171,6 +171,29 @@ def test_a_store_without_permission_is_one_line(tmp_path):
     launcher.root.chmod(0o700)
 
 
+def test_a_run_that_only_its_owner_may_read_hides_no_other(store, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(store.root, root)
+    (root / store.failed).chmod(0)
+    env = {**store.env, "LLMOPS_RUNS_URL": str(root)}
+
+    def call(*arguments):
+        return subprocess.run([*AS_ANYBODY, *LLMOPS, *arguments], env=env, text=True, capture_output=True, cwd=TREE)
+
+    done = call("status", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    states = {value["id"]: (value["state"], value["reason"]) for value in json.loads(done.stdout)}
+    assert states[store.twice] == ("finished", "")
+    assert states[store.failed][0] == "unknown"
+    assert "permission denied" in states[store.failed][1]
+    assert call("logs", "twice", "--tail", "1").returncode == 0
+    for verb in ("logs", "cancel", "resume"):
+        done = call(verb, store.failed)
+        assert done.returncode == 2
+        assert "permission denied" in one_line(done.stderr)
+    (root / store.failed).chmod(0o700)
+
+
 def test_exit_codes(cli, store):
     root = store.root
     assert cli("status", store.twice, runs=root)[0] == 0
