@@ -32,10 +32,11 @@ pytestmark = pytest.mark.usefixtures("slurm")
 
 Submit = Callable[..., str]
 
-# Shows what a batch script finds when TERM reaches it. The file appears whole: written aside, then renamed.
+# Shows what a batch script finds when TERM reaches it. TERM often comes twice, and to children too: a second one must
+# not kill scontrol. The file appears whole: written aside, then renamed.
 RECORD = """
 cd {folder}
-trap 'scontrol -o show job "$SLURM_JOB_ID" >seen.part; {then} mv seen.part seen; exit 0' TERM
+trap 'trap "" TERM; scontrol -o show job "$SLURM_JOB_ID" >seen.part; {then} mv seen.part seen; exit 0' TERM
 echo "${{SLURM_RESTART_COUNT-unset}}" >>starts
 sleep 60 & wait
 """
@@ -258,13 +259,18 @@ def test_what_sbatch_refuses(option: str, message: str) -> None:
 
 
 def test_a_missing_work_directory_is_replaced_by_the_temporary_folder(submit: Submit, tmp_path: Path) -> None:
-    submit(f"pwd >{tmp_path}/pwd", "--chdir=/nonexist")
+    submit(f"pwd >{tmp_path}/pwd", f"--chdir={tmp_path}/missing")
     assert wait_file(tmp_path / "pwd") == "/tmp\n"
 
 
-def test_a_missing_output_folder_fails_the_job_without_a_log(submit: Submit) -> None:
-    jobid = submit("true", "--output=/nonexist/log")
-    assert wait_job(jobid, JobState="FAILED")["ExitCode"] == "0:53"
+def test_a_missing_output_folder_is_made_or_fails_the_job_without_a_log(submit: Submit, scratch: Path) -> None:
+    log = scratch / "missing" / "log"
+    jobid = submit("echo hello", f"--output={log}")
+    record = wait_job(jobid, JobState="FAILED|COMPLETED")
+    if record["JobState"] == "COMPLETED":  # 23.11 makes the folder, 22.05 does not
+        assert log.read_text() == "hello\n"
+    else:
+        assert record["ExitCode"] == "0:53"
 
 
 @pytest.mark.parametrize("text", ['a "b" c', "it's", r"back\slash", "$(id) `id` $HOME", "a#b", "tab\there", "ünï"])
@@ -335,7 +341,8 @@ def test_an_sbatch_that_timed_out_has_submitted_the_job() -> None:
         errors = {name: process.communicate(timeout=40)[1] for name, process in pipes.items()}
     assert 8 < time.monotonic() - started < 30
     assert {name: process.returncode for name, process in pipes.items()} == {"sbatch": 1, "squeue": 1}
-    assert "Socket timed out on send/recv operation" in errors["sbatch"]
+    # 22.05 and 23.11: the text cannot be told from that of a refusal, only the tag tells whether there is a job.
+    assert re.search("Socket timed out on send/recv operation|Unexpected message received", errors["sbatch"])
     assert "slurm_load_jobs error" in errors["squeue"]
     found = wait_for(lambda: run(["squeue", "-h", "-n", tag, "-o", "%i"]).stdout.split(), 20, f"job {tag} to show up")
     run(["scancel", *found])
@@ -346,16 +353,16 @@ def test_without_slurmdbd_jobs_run_and_only_sacct_fails(submit: Submit) -> None:
     pid = cluster.daemon_pid("slurmdbd")
     os.kill(pid, signal.SIGKILL)
     try:
-        result = wait_for(lambda: failed(run(["sacct", "-X"], check=False)), 5, "sacct to fail")
-        assert "Connection refused" in result.stderr
+        sacct = wait_for(lambda: refused(run(["sacct", "-X"], check=False)), 10, "sacct to be refused")
+        assert sacct.returncode == 1
         wait_job(submit("true"), JobState="COMPLETED")
     finally:
         cluster.dev_cluster("up")
     assert run(["sacct", "-X"]).returncode == 0
 
 
-def failed(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
-    return result if result.returncode else None
+def refused(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
+    return result if "Connection refused" in result.stderr else None
 
 
 # Last: by now slurmctld has looked.
