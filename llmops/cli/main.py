@@ -96,17 +96,12 @@ def main(argv: list[str]) -> int:
 def _guarded(arguments: argparse.Namespace) -> int:
     from llmops.errors import ClusterError, UserError
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name may hold what the terminal's encoding does not.
-        sys.stdout.reconfigure(errors="replace")
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except (UserError, ClusterError) as error:
         return complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader has seen enough (`llmops logs | head`).
         _discard_output()
@@ -131,14 +126,24 @@ def _discard_output() -> None:
 
 
 def _open_streams() -> None:
-    """Where the caller closed a standard stream, the next file that is opened would take its number."""
+    """Streams that take whatever is printed.
+
+    Where the caller closed one, the next file that is opened would take its number.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name, and our own help, may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="replace")
 
 
 def entry() -> None:
     """The console script."""
     _open_streams()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130  # what a shell says of a program that Ctrl-C ended
+    sys.exit(code)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -439,9 +440,26 @@ def test_a_terminal_without_unicode(store):
     done = shell(store, f"llmops status && llmops status {store.failed}", **ASCII)
     assert (done.returncode, done.stderr) == (1, b"")
     assert b"f?ils" in done.stdout
+    for verb in VERBS:
+        done = shell(store, f"llmops {verb} --help", **ASCII)
+        assert (done.returncode, done.stderr) == (0, b"")
     done = shell(store, "llmops status n\xf6body", **ASCII)
     assert done.returncode == 2
     one_line(done.stderr.decode())
+
+
+def test_ctrl_c_leaves_the_run_alone(local):
+    command = [*LLMOPS, "submit", *QUICK, "--name", "goes on", "--follow", "--", "bash", "-c", "echo up; sleep 600"]
+    process = subprocess.Popen(
+        command, env=local.env, cwd=TREE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert any("up" in line for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 130
+    assert local.status("goes on")["state"] == "running"
+    local.ok("cancel", "goes on")
 
 
 HEAVY = ("hydra", "omegaconf", "msgspec", "rich", "jinja2", "fsspec", "yaml", "plotext", "pathspec")
