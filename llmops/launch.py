@@ -1,9 +1,7 @@
-"""From a checked configuration to a job: what is written to the run directory, in which order, and what is then
-submitted.
+"""From a checked configuration to a job: what is written to the run directory, in which order, what is submitted.
 
 The order makes a launcher that dies at any moment harmless: the run and its submission are recorded before the
-scheduler is
-called, and whoever is first, launcher or job, registers the one job id that may run it.
+scheduler is called, and whoever is first, launcher or job, registers the one job id that may run it.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from llmops.runs import records
 from llmops.runs.store import PosixStore, Store, default_runs_url, open_store
 
 MAX_NAME = 100
-UNKNOWN_AGENT = "0" * 20 + ".pyz"
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,10 @@ def job_spec(
 ) -> JobSpec:
     """What the supervisor will run. ``work_dir``: where it runs without an archive; by default the current folder."""
     config = prepared.config
-    python = config.cluster.python or sys.executable
+    container = getattr(config.cluster, "container", None)
+    # This interpreter's path means nothing inside somebody's image.
+    outside = container is None or container.runtime == "none"
+    python = config.cluster.python or (sys.executable if outside else "python3")
     trainer = [python, "-m", "llm.train", "--config", f"{prepared.run_url}/{config_path}"]
     values = {"runs_url": prepared.runs.url, "warning_s": warning_seconds(config)}
     options = prepared.backend.options(config.cluster, values)

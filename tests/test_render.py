@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from llmops import api
 from llmops.backends.slurm import SlurmBackend
 from llmops.errors import UserError
-from llmops.launch import dry_run
+from llmops.launch import dry_run, job_spec
 from llmops.render import render_template, sbatch_options, sbatch_value
 
 
@@ -71,6 +72,35 @@ def test_what_is_always_there(render):
 def test_setup_lines_come_before_the_program(render):
     script = render('cluster.setup=["module load cuda/12.8","export NCCL_DEBUG=INFO"]')
     assert script.index("module load cuda/12.8\n") < script.index("exec ")
+
+
+CONTAINERS = [
+    (
+        "pyxis",
+        ["--container-image=/img.sqsh", "--container-mounts={runs}:{runs},/data:/data", "--container-writable"],
+        [],
+    ),
+    (
+        "apptainer",
+        [],
+        ["apptainer", "exec", "--bind", "{runs}", "--bind", "/data:/data", "--container-writable", "/img.sqsh"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("runtime", "srun", "wrap"), CONTAINERS)
+def test_containers_see_the_run_store_and_bring_their_own_python(render, tmp_path, runtime, srun, wrap):
+    image = ["cluster.container.image=/img.sqsh", "cluster.container.mounts=[/data:/data]"]
+    overrides = [f"cluster.container.runtime={runtime}", *image, "cluster.container.args=[--container-writable]"]
+    script = render(*overrides)
+    assert f"exec {sys.executable} " in script
+    prepared = api.prepare(overrides, backend="slurm", runs_url=str(tmp_path / "runs"))
+    spec = job_spec(prepared, 0, "tag", "config.yaml", None)
+    runs = str(tmp_path / "runs")
+    assert spec.options["srun_args"] == ["--cpus-per-task=1", *(word.format(runs=runs) for word in srun)]
+    assert spec.options["wrap"] == [word.format(runs=runs) for word in wrap]
+    assert spec.python == "python3"
+    assert spec.command[0] == "python3"
 
 
 def test_a_runs_folder_with_blanks_is_one_word(render, tmp_path):

@@ -39,8 +39,10 @@ class Helper:
         self._number = 0
         self._buffer = b""
 
-    def call(self, op: str, patience_s: float = PATIENCE_S, **arguments: Any) -> Any:
+    def call(self, op: str, patience_s: float = PATIENCE_S, call_s: float = CALL_S, **arguments: Any) -> Any:
         """The answer to one request, asked again for ``patience_s`` while the store is out of reach.
+
+        A helper without an answer after ``call_s`` hangs and is replaced, once.
 
         Raises :class:`StoreError` when it refuses or that time is over.
         """
@@ -48,7 +50,7 @@ class Helper:
         pause, losses = 0.5, 0
         while True:
             try:
-                reply = self._exchange({"op": op, **arguments}, deadline)
+                reply = self._exchange({"op": op, **arguments}, deadline, call_s)
             except _Late as error:
                 raise StoreError(f"{self.url}: the store did not answer within {patience_s:.0f} s") from error
             except _Lost as error:
@@ -109,13 +111,13 @@ class Helper:
         self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._requests, False)
 
-    def _exchange(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+    def _exchange(self, request: dict[str, Any], deadline: float, call_s: float) -> dict[str, Any]:
         """One request and its answer.
 
-        A helper that is late is left alone, unless it had :data:`CALL_S`; what it still answers is skipped then.
+        A helper that is late is left alone, unless it had ``call_s``; what it still answers is skipped then.
         """
         self._number += 1
-        hung = time.monotonic() + CALL_S
+        hung = time.monotonic() + call_s
         try:
             self._start()
             self._send(json.dumps({**request, "id": self._number}).encode() + b"\n", min(deadline, hung))
@@ -124,7 +126,7 @@ class Helper:
             if time.monotonic() < hung:
                 raise
             self._kill()
-            raise _Lost(f"the store did not answer within {CALL_S:.0f} s") from error
+            raise _Lost(f"the store did not answer within {call_s:.0f} s") from error
         except _Lost:
             self._kill()
             raise

@@ -16,6 +16,7 @@ from llmops.agent.helper import RESTARTS, Helper
 from llmops.agent.rundir import PATIENCE_S, RunDir, Sink
 
 FLUSH_S = 10.0  # for the last output of the ranks; llmops.runs.remote gives up a little sooner
+FETCH_S = 300.0  # for one file, such as the code, however slow the way to the store
 FILE_BYTES = 1 << 20
 MAX_FILES = 64  # of a stream that cannot be stored; what comes then is lost
 
@@ -52,7 +53,7 @@ class RemoteRunDir(RunDir):
         descriptor, path = tempfile.mkstemp(prefix="llmops-")
         os.close(descriptor)
         try:
-            self.helper.call("fetch", url=self.path(name), to=path)
+            self.helper.call("fetch", 2 * FETCH_S, FETCH_S, url=self.path(name), to=path)
             yield path
         finally:
             os.unlink(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,8 @@ class SlurmBackend:
             "comment": f"{spec.run_id}, submission {spec.submission}: written by llmops, kept as submitted",
             "options": [*sbatch_options(options), *cluster.extra],
             "setup": cluster.setup,
-            "python": spec.python if cluster.container.runtime == "none" else "python3",
+            # The batch host is outside the container: there it is the interpreter that runs this launcher.
+            "python": spec.python if cluster.container.runtime == "none" else sys.executable,
             "run": spec.run_url,
             "submission": spec.submission,
             "spec": spec,
