@@ -30,7 +30,7 @@ OVER = ("finished", "failed", "cancelled")
 pytestmark = pytest.mark.soak
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """Losses of the same run when nobody disturbs it."""
     launcher = Launcher(tmp_path_factory.mktemp("undisturbed"), "local")
@@ -132,7 +132,7 @@ def test_a_storm_on_this_machine(tmp_path, rng, undisturbed, capsys):
         print(storm.check(undisturbed))
 
 
-def test_a_storm_on_slurm(slurm, tmp_path, rng, undisturbed, capsys):  # noqa: F811
+def test_a_storm_on_slurm(undisturbed, slurm, tmp_path, rng, capsys):  # noqa: F811
     launcher = Launcher(tmp_path / "runs", "slurm")
     storm = Storm(launcher, launcher.submit(*RUN), rng)
 
