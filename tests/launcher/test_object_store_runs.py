@@ -54,7 +54,12 @@ def test_kill_9_of_the_node_agent_is_survived(remote, undisturbed):
 
 def test_output_arrives_while_the_program_runs_and_cancel_ends_it(remote):
     run_id = remote.submit(command=("bash", "-c", "echo early; sleep 600"))
-    remote.wait_for(lambda: "early" in remote.call("logs", run_id).stdout, 40, "the output", run_id)
+    for attempt in ("0", "1"):
+        shown = ("logs", run_id, "--attempt", attempt)
+        remote.wait_for(lambda shown=shown: "early" in remote.call(*shown).stdout, 40, "the output", run_id)
+        if attempt == "0":
+            remote.ok("cancel", run_id)
+            remote.ok("resume", run_id)
     assert "cancelled" in remote.ok("cancel", run_id)
     assert remote.status(run_id)["state"] == "cancelled"
     remote.wait_for(lambda: remote.alive(run_id) == [], 10, "all processes to be gone", run_id)
