@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 
 from llmops.agent.rundir import StoreError, open_rundir
@@ -17,7 +16,6 @@ def main(argv: list[str]) -> int:
     for backend in ("local", "slurm"):
         verb = verbs.add_parser(backend, help=f"supervise a job of the {backend} backend")
         verb.add_argument("--run", required=True, help="run directory: a path or a URL")
-        verb.add_argument("--helper", default="", help="command that starts a Python with llmops, for a URL alone")
         verb.add_argument("--submission", type=int, required=True)
     node = verbs.add_parser("node", help="run the ranks of one node (started by the supervisor)")
     node.add_argument("--node", type=int, default=None, help="index of this node; default: SLURM_NODEID")
@@ -32,7 +30,7 @@ def main(argv: list[str]) -> int:
     else:
         from llmops.agent.local import main as supervise
     try:
-        return supervise(open_rundir(arguments.run, shlex.split(arguments.helper)), arguments.submission)
+        return supervise(open_rundir(arguments.run), arguments.submission)
     except StoreError as error:
         print(f"llmops: the supervisor cannot go on: {error}", file=sys.stderr, flush=True)
         return 1

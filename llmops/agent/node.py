@@ -120,7 +120,7 @@ class NodeAgent:
 
     def _start(self, message: Message) -> None:
         self.spec, attempt = message["spec"], message["attempt"]
-        self.rundir = rundir = open_rundir(self.spec["run_url"], [self.spec["python"]])
+        self.rundir = rundir = open_rundir(self.spec["run_url"], self.spec["python"])
         self.control = ControlDir(self.spec["run_id"], attempt["number"], self.node)
         secrets = ranks.read_secrets(self.spec["options"].get("secrets_file"), self.spec["secrets"])
         archive = self.spec["code_archive"]

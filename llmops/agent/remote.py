@@ -24,9 +24,9 @@ MAX_FILES = 64  # of a stream that cannot be stored; what comes then is lost
 class RemoteRunDir(RunDir):
     """A run directory in an object store."""
 
-    def __init__(self, root: str, command: list[str]) -> None:
+    def __init__(self, root: str, python: str) -> None:
         super().__init__(root.rstrip("/"))
-        self.helper = Helper(command, self.root)
+        self.helper = Helper([python], self.root)
         self._spool: str | None = None
         self._streams: list[str] = []
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 PATIENCE_S = 120.0  # for a store that is out of reach for a while
@@ -32,13 +32,13 @@ def is_url(run: str) -> bool:
     return "://" in run
 
 
-def open_rundir(run: str, command: Sequence[str] = ()) -> RunDir:
-    """The run directory ``run``. ``command``: what starts a Python that has llmops; needed for a URL alone."""
+def open_rundir(run: str, python: str | None = None) -> RunDir:
+    """The run directory ``run``. ``python``: one that has llmops, by default this one; needed for a URL alone."""
     if not is_url(run):
         return RunDir(run)
     from llmops.agent.remote import RemoteRunDir
 
-    return RemoteRunDir(run, list(command) or [sys.executable])
+    return RemoteRunDir(run, python or sys.executable)
 
 
 class RunDir:

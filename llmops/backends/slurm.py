@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -84,11 +83,6 @@ class SlurmBackend:
         """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""
         if cluster.log_dir is not None and not Path(cluster.log_dir).expanduser().is_dir():
             raise UserError(f"cluster.log_dir={cluster.log_dir}: there is no such folder; make it, on every node")
-        if is_url(run_url) and cluster.container.runtime == "pyxis":
-            raise UserError(
-                f"runs_url={run_url.rpartition('/')[0]}: with cluster.container.runtime=pyxis runs must be in a folder "
-                "(the supervisor on the batch host is outside of the container); use a folder, or apptainer"
-            )
         code, output, errors = call("sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G", timeout=30)
         if code:
             raise ClusterError(
@@ -104,8 +98,10 @@ class SlurmBackend:
         cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
         srun, wrap = [f"--cpus-per-task={cpus}"], list[str]()
         if container.runtime == "pyxis":
-            mounts = [f"{runs}:{runs}", *container.mounts]
-            srun += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", *container.args]
+            mounts = [*([] if is_url(runs) else [f"{runs}:{runs}"]), *container.mounts]
+            srun.append(f"--container-image={container.image}")
+            srun += [f"--container-mounts={','.join(mounts)}"] if mounts else []
+            srun += container.args
         elif container.runtime == "apptainer":
             wrap = ["apptainer", "exec"] if is_url(runs) else ["apptainer", "exec", "--bind", runs]
             wrap += [part for mount in container.mounts for part in ("--bind", mount)]
@@ -167,7 +163,6 @@ class SlurmBackend:
             values["agent"] = agent
         else:
             values |= {"bootstrap": carry.BOOTSTRAP, "embedded": carry.embed(agent_zip.build()[1]).rstrip()}
-            values["helper"] = shlex.join([*spec.options["wrap"], spec.python]) if spec.options["wrap"] else None
         return render_template("sbatch.sh.j2", cluster.template, values)
 
     def submit(self, submission: Submission) -> str:

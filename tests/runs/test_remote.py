@@ -21,7 +21,7 @@ from llmops.runs.store import PosixStore, open_store
 @pytest.fixture
 def rundir(s3_url):
     """A run directory on the S3 server, and its helper."""
-    rundir = open_rundir(s3_url, [sys.executable])
+    rundir = open_rundir(s3_url)
     yield rundir
     rundir.close()
 

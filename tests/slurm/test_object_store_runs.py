@@ -42,12 +42,6 @@ def test_a_log_folder_that_is_not_there_is_refused(remote):
     assert "cluster.log_dir=/no/such" in done.stderr
 
 
-def test_what_the_batch_host_cannot_reach_is_refused(remote):
-    done = remote.call("render", "--backend", "slurm", "cluster.container={runtime: pyxis, image: x}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "cluster.container.runtime=pyxis" in done.stderr
-
-
 def test_the_script_is_readable_and_carries_the_supervisor(remote):
     script = remote.ok("render", "--backend", "slurm", *TINY)
     assert f"--run {remote.url}/" in script
