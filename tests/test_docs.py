@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import cluster
-from tests.slurm.conftest import slurm  # noqa: F401  (a fixture)
 
 TREE = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -57,7 +56,7 @@ def test_a_page_works_when_pasted(page, tmp_path):
 
 
 @pytest.mark.slurm
-def test_the_slurm_page_works_when_pasted(slurm, tmp_path):  # noqa: F811
+def test_the_slurm_page_works_when_pasted(slurm, tmp_path):
     shown = paste("slurm.md", tmp_path)
     cluster.cancel_all()
     for text in SHOWN["slurm.md"]:

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
         from llmops.agent.local import main as supervise
     try:
         return supervise(open_rundir(arguments.run), arguments.submission)
-    except StoreError as error:
+    except (StoreError, ValueError, FileNotFoundError) as error:
+        # A damaged or missing record: guessing would be worse than stopping.
         print(f"llmops: the supervisor cannot go on: {error}", file=sys.stderr, flush=True)
         return 1
 

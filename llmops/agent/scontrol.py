@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -31,6 +32,11 @@ def clean_environment(environ: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in ("SLURM_TIME_FORMAT", "SQUEUE_FORMAT")}
 
 
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def call(*command: str) -> tuple[int, str]:
     """Run a SLURM command. Returns its exit code and what it printed, errors included; 124 when it did not answer."""
     try:
@@ -41,6 +47,8 @@ def call(*command: str) -> tuple[int, str]:
             stderr=subprocess.STDOUT,
             timeout=CALL_TIMEOUT_S,
             env=clean_environment(dict(os.environ)),
+            # Some process trackers signal the whole tree: a second TERM would kill the question that the first raised.
+            preexec_fn=_ignore_signals,
         )
     except subprocess.TimeoutExpired:
         return 124, f"{command[0]} did not answer within {CALL_TIMEOUT_S:.0f} s"

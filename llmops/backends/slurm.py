@@ -250,7 +250,8 @@ def _pattern_free(path: Path) -> str:
 
 def _unanswered(code: int, errors: str) -> bool:
     """Whether a failed command may have reached the controller all the same."""
-    signs = ("timed out", "did not answer", "Socket", "Zero Bytes", "connect failure", "Unable to contact")
+    signs = ["timed out", "did not answer", "Socket", "Zero Bytes", "connect failure", "Unable to contact"]
+    signs.append("Unexpected message received")  # what 23.11 says where 22.05 says that it timed out
     return code == 124 or any(sign in errors for sign in signs)
 
 

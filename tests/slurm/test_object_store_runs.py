@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
 from tests.launcher.harness import TINY, Launcher
 from tests.slurm import cluster
 
@@ -17,7 +16,7 @@ def remote(slurm, s3_url, tmp_path):
 
 
 @pytest.mark.parametrize("requeue", [True, False])
-def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_path, requeue):  # noqa: F811
+def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_path, requeue):
     run_id = remote.submit(*TINY, f"cluster.log_dir={tmp_path}")
     remote.wait_step(run_id, 12)
     if not requeue:

@@ -16,7 +16,6 @@ import pytest
 
 from llmops.backends.slurm_limits import SHARED, file_system
 from tests.conftest import RunMaker
-from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
 from tests.launcher.harness import TINY, TREE, Launcher
 from tests.slurm import cluster
 
@@ -200,7 +199,7 @@ def unprivileged(slurm, scratch):
     cluster.cancel_all()
 
 
-def test_an_ordinary_user(unprivileged, undisturbed):  # noqa: F811
+def test_an_ordinary_user(unprivileged, undisturbed):
     run_id = unprivileged.submit(*TINY, "code.enabled=false")
     unprivileged.wait_step(run_id, 12)
     job_id = unprivileged.status(run_id)["job_ids"][0]

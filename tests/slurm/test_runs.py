@@ -13,7 +13,6 @@ import pytest
 
 from llmops.config.compose import load_config
 from llmops.render import sbatch_options
-from tests.launcher.conftest import undisturbed  # noqa: F401  (a fixture)
 from tests.launcher.harness import LLMOPS, TINY, TREE, Launcher
 from tests.slurm import cluster
 
@@ -30,7 +29,7 @@ def squeue(*job_ids):
     return done.stdout
 
 
-def check_resumed(launcher, run_id, undisturbed, reasons, timeout=150):  # noqa: F811
+def check_resumed(launcher, run_id, undisturbed, reasons, timeout=150):
     value = launcher.wait(run_id, "finished", timeout=timeout)
     assert [attempt["reason"] for attempt in value["attempts"]] == [*reasons, "finished"]
     assert launcher.losses(run_id) == undisturbed
@@ -38,7 +37,7 @@ def check_resumed(launcher, run_id, undisturbed, reasons, timeout=150):  # noqa:
     return value
 
 
-def test_two_nodes_one_rank_each(launcher, undisturbed):  # noqa: F811
+def test_two_nodes_one_rank_each(launcher, undisturbed):
     run_id = launcher.submit(*TINY, "--name", "two nodes")
     value = launcher.wait(run_id, "finished")
     assert value["attempts"][0]["hosts"] == ["n1", "n2"]
@@ -52,7 +51,7 @@ def test_two_nodes_one_rank_each(launcher, undisturbed):  # noqa: F811
 
 
 @pytest.mark.parametrize(("partition", "workers"), [("low", 0), ("low", 2), ("lowgrace", 0)])
-def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, workers):  # noqa: F811
+def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, workers):
     run_id = launcher.submit(*TINY, f"cluster.partition={partition}", f"data.num_workers={workers}")
     launcher.wait_step(run_id, 12)
     cluster.preempt()
@@ -62,14 +61,14 @@ def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, wor
     assert len(value["job_ids"]) == 1
 
 
-def test_requeued_by_an_administrator(launcher, undisturbed):  # noqa: F811
+def test_requeued_by_an_administrator(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     cluster.requeue(launcher.status(run_id)["job_ids"][0])
     check_resumed(launcher, run_id, undisturbed, ["preempted"])
 
 
-def test_the_time_limit_is_survived(launcher, undisturbed):  # noqa: F811
+def test_the_time_limit_is_survived(launcher, undisturbed):
     # The warning is due 100 s before the limit of 120 s, in the middle of the run.
     run_id = launcher.submit(*TINY, "cluster.partition=short", "cluster.time=2", "cluster.signal_s=105")
     value = launcher.wait(run_id, "finished", timeout=200)
@@ -80,7 +79,7 @@ def test_the_time_limit_is_survived(launcher, undisturbed):  # noqa: F811
 
 
 @pytest.mark.parametrize("victim", ["rank", "agent"])
-def test_kill_9(launcher, undisturbed, victim):  # noqa: F811
+def test_kill_9(launcher, undisturbed, victim):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 23)
     pid = launcher.ranks(run_id)[1] if victim == "rank" else launcher.agents(run_id)[-1]
@@ -89,7 +88,7 @@ def test_kill_9(launcher, undisturbed, victim):  # noqa: F811
     assert value["attempts"][1]["first_step"] == 21
 
 
-def test_signals_to_everybody_twice_are_one_stop(launcher, undisturbed):  # noqa: F811
+def test_signals_to_everybody_twice_are_one_stop(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     job_id = launcher.status(run_id)["job_ids"][0]
@@ -99,7 +98,7 @@ def test_signals_to_everybody_twice_are_one_stop(launcher, undisturbed):  # noqa
     check_resumed(launcher, run_id, undisturbed, ["preempted"])
 
 
-def test_a_successor_where_requeue_is_refused(launcher, undisturbed):  # noqa: F811
+def test_a_successor_where_requeue_is_refused(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     # What JobRequeue=0 and an enforcing job_submit plugin come to.
@@ -109,7 +108,7 @@ def test_a_successor_where_requeue_is_refused(launcher, undisturbed):  # noqa: F
     assert len(value["job_ids"]) == 2
 
 
-def test_preempted_where_preemption_cancels(launcher, undisturbed):  # noqa: F811
+def test_preempted_where_preemption_cancels(launcher, undisturbed):
     run_id = launcher.submit(*TINY, "cluster.partition=cancel")
     launcher.wait_step(run_id, 12)
     cluster.preempt()
@@ -145,7 +144,7 @@ def test_cancel_of_a_pending_run(launcher):
     assert "cancelled" in launcher.ok("cancel", run_id, "--graceful")
 
 
-def test_resume_of_a_cancelled_run(launcher, undisturbed):  # noqa: F811
+def test_resume_of_a_cancelled_run(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     refused = launcher.call("resume", run_id)
@@ -244,7 +243,7 @@ def node_back():
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):  # noqa: F811
+def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     cluster.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
@@ -255,7 +254,7 @@ def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):  # noqa:
     assert launcher.losses(run_id) == undisturbed
 
 
-def test_a_killed_batch_supervisor_leaves_nothing_and_can_be_resumed(launcher, undisturbed):  # noqa: F811
+def test_a_killed_batch_supervisor_leaves_nothing_and_can_be_resumed(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     (batch,) = [line for line in launcher.alive(run_id) if " slurm --run " in line]

@@ -16,7 +16,6 @@ import pytest
 
 from tests.launcher.harness import TINY, Launcher
 from tests.slurm import cluster
-from tests.slurm.conftest import slurm  # noqa: F401  (a fixture)
 
 ROUNDS = int(os.environ.get("LLMOPS_STORM_ROUNDS", "10"))
 STEPS = 100 + 50 * ROUNDS
@@ -132,7 +131,7 @@ def test_a_storm_on_this_machine(tmp_path, rng, undisturbed, capsys):
         print(storm.check(undisturbed))
 
 
-def test_a_storm_on_slurm(undisturbed, slurm, tmp_path, rng, capsys):  # noqa: F811
+def test_a_storm_on_slurm(undisturbed, slurm, tmp_path, rng, capsys):
     launcher = Launcher(tmp_path / "runs", "slurm")
     storm = Storm(launcher, launcher.submit(*RUN), rng)
 
