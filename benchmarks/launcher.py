@@ -2,11 +2,9 @@
 
     .venv/bin/python benchmarks/launcher.py [--rounds 11]
 
-Needs a SLURM to submit to (slurm/dev-cluster.sh up) and, for the peers, `pip install -e .[train,bench]`. Every command
-is a new
-process; the commands take turns, so that what else the machine does falls on all of them alike. Run it on a quiet
-machine. Jobs are
-submitted held and cancelled at the end.
+Needs a SLURM to submit to (slurm/dev-cluster.sh up) and, for the peers, `pip install -e .[train,bench]`. Every
+command is a new process; the commands take turns, so that what else the machine does falls on all of them alike. Run
+it on a quiet machine. Jobs are submitted held and cancelled at the end.
 """
 
 from __future__ import annotations

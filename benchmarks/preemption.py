@@ -2,9 +2,8 @@
 
     .venv/bin/python benchmarks/preemption.py [--rounds 5]
 
-Needs slurm/dev-cluster.sh up. A run of the tiny model on two nodes is preempted by a job of a more important partition
-that takes
-two seconds; what happened when is read from the run directory alone.
+Needs slurm/dev-cluster.sh up. A run of the tiny model on two nodes is preempted by a job of a more important
+partition that takes two seconds; what happened when is read from the run directory alone.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def main(rundir: RunDir, submission: int) -> int:
         return supervisor.cancel_request(deadline) or StopRequest(name, deadline)
 
     def next_step(outcome: Outcome) -> Decision:
-        return decide(outcome, supervisor.cancelled(), supervisor.history(outcome), supervisor.spec["retry"])
+        return decide(outcome, supervisor.cancelled(), supervisor.history(), supervisor.spec["retry"])
 
     return supervisor.run(
         signals,

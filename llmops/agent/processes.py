@@ -1,8 +1,7 @@
 """Killing what a supervisor started, all of it, and nothing else.
 
-Every process that a node agent starts inherits a marker in its environment. Children that detach, change their session
-or lose
-their parent still carry it, so they are found by it, whatever the scheduler's own tracking can see.
+Every process that a node agent starts inherits a marker in its environment. Children that detach, change their
+session or lose their parent still carry it, so they are found by it, whatever the scheduler's own tracking can see.
 """
 
 from __future__ import annotations

@@ -118,8 +118,7 @@ def cut_wait(ref: str, delay_s: int, patience_s: float = 15.0) -> bool:
     """Let a requeued job start in ``delay_s`` seconds instead of after the controller's two minutes.
 
     Refused while the job still counts as running, accepted once it is completing: hence asked again. ``delay_s`` must
-    outlast
-    the end of the job, and a start in the second of the kill would revoke its credential: not less than 3.
+    outlast the end of the job, and a start in the second of the kill would revoke its credential: not less than 3.
     """
     deadline = time.monotonic() + patience_s
     while True:

@@ -71,7 +71,7 @@ class SlurmSupervisor(Supervisor):
             self.job,
             self.restarts,
             self.cancelled(),
-            self.history(outcome),
+            self.history(),
             self.spec["retry"],
             time.time(),
             self.warning_s,

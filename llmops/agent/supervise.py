@@ -41,8 +41,7 @@ class Supervisor:
         """None when this job may claim attempts of the run, else why not.
 
         A submission that timed out may have been accepted twice; the first job to register is the only one that runs.
-        A later
-        submission supersedes all before it.
+        A later submission supersedes all before it.
         """
         mine = {"job_id": self.job_id, "by": "job", "time": time.time()}
         if not self.rundir.create(f"{self.folder}/job.json", mine):
@@ -120,7 +119,7 @@ class Supervisor:
             if decision.action != "again":
                 return act(decision)
 
-    def history(self, outcome: Outcome) -> attempts.History:
+    def history(self) -> attempts.History:
         """The failures so far. The attempt that just ended is included: without an end record it counts as failed."""
         return attempts.history(self.rundir, self.submission)
 

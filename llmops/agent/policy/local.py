@@ -12,8 +12,7 @@ def decide(outcome: Outcome, cancelled: bool, history: History, retry: dict[str,
     """Decide after an attempt on this machine.
 
     A stop request without a durable intent to end is a preemption: the supervisor itself runs the next attempt.
-    Whoever wants the
-    run to end says so with ``llmops cancel``, or kills the supervisor.
+    Whoever wants the run to end says so with ``llmops cancel``, or kills the supervisor.
     """
     if outcome.kind == "finished":
         return Decision("exit", "finished")

@@ -1,20 +1,17 @@
 """What comes next on SLURM. Each row was seen on a real cluster; a requeue that ignores them resurrects cancelled jobs.
 
-=====================================  ==============  =======================================
-==============================
-JobState                               Restarts        means                                    do
-=====================================  ==============  =======================================
-==============================
-any                                    one more        requeued by preemption, an administrator  cut the requeue wait
-                                                       or a lost node
-RUNNING, stopped on request            same            preemption with GraceTime, or a warning  requeue, cut the wait
-                                                       before the time limit
-COMPLETING, Reason=TimeLimit           same            the limit was hit                        requeue still rescues it
-COMPLETING or CANCELLED                same            scancel                                  nothing
-PREEMPTED (PreemptMode=CANCEL)         same            preempted where requeue is refused       successor job
-RUNNING, not stopped                   same            done, or crashed                         exit, or bounded retries
-=====================================  ==============  =======================================
-==============================
+=============================  =========  ==========================================  =========================
+JobState                       Restarts   means                                       do
+=============================  =========  ==========================================  =========================
+any                            one more   requeued by preemption, an administrator,   cut the requeue wait
+                                          or a lost node
+RUNNING, stopped on request    same       preemption with GraceTime, or a warning     requeue, cut the wait
+                                          before the time limit
+COMPLETING, Reason=TimeLimit   same       the limit was hit                           requeue still rescues it
+preempted, requeue refused     same       PreemptMode=CANCEL, JobRequeue=0            successor job
+COMPLETING or CANCELLED        same       scancel                                     nothing
+RUNNING, not stopped           same       done, or crashed                            exit, or bounded retries
+=============================  =========  ==========================================  =========================
 """
 
 from __future__ import annotations
