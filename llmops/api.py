@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import getpass
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmops import backends, launch
+from llmops.backends.base import Look
 from llmops.errors import ClusterError, UserError
+from llmops.job import JobView
 from llmops.runs import records
 from llmops.runs.model import Run
 from llmops.runs.store import default_runs_url, open_store
 
-if TYPE_CHECKING:
-    from llmops.job import JobView
-
 OVER = ("finished", "failed", "cancelled")
 CANCEL_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 600.0
+LOST_S = 7 * 86400.0  # after that, a submission without a job is taken to have none
 
 
 @dataclass(frozen=True)
@@ -86,38 +86,48 @@ def statuses(refs: Sequence[str] = (), runs_url: str | None = None) -> list[Stat
     """The named runs, or all of them, with at most one query of each kind to each scheduler."""
     url = runs_url_or_default(runs_url)
     runs = [records.find_run(url, ref) for ref in refs] if refs else records.list_runs(url)
-    runs = [adopt(run) for run in runs]
-    views = _views(runs)
-    return [_status(run, views) for run in runs]
+    return _statuses(runs)
 
 
 def status(run: Run) -> Status:
     """One run's state, read anew."""
-    fresh = adopt(records.load_run(run.store))
-    return _status(fresh, _views([fresh]))
+    return _statuses([records.load_run(run.store)])[0]
 
 
-def _status(run: Run, views: dict[tuple[str, str], JobView]) -> Status:
+def _statuses(runs: Sequence[Run]) -> list[Status]:
+    """States of runs, with one look at each scheduler. Runs that have ended are not asked about."""
+    job_ids: dict[str, list[str]] = {}
+    tags: dict[str, list[str]] = {}
+    for run in runs:
+        if run.job_id and not _ended(run):
+            job_ids.setdefault(run.backend, []).append(run.job_id)
+        elif tag := _lost_tag(run):
+            tags.setdefault(run.backend, []).append(tag)
+    looks = {name: _look(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
+    found = []
+    for run in runs:
+        look = looks.get(run.backend)
+        adopted = _adopt(run, look.found) if look else run
+        view = look.views.get(adopted.job_id) if look and adopted.job_id else None
+        found.append(_status(adopted, view))
+    return found
+
+
+def _look(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
+    try:
+        return backends.load(name).look(job_ids, tags)
+    except ClusterError as error:
+        # A machine without this scheduler's commands still shows all other runs, and what the store says of these.
+        return Look({job_id: JobView(job_id, "unreachable", str(error)) for job_id in job_ids}, {})
+
+
+def _status(run: Run, view: JobView | None) -> Status:
     from llmops.runs.state import derive_state, needs_second_look
 
-    view = views.get((run.backend, run.job_id)) if run.job_id else None
     if needs_second_look(run, view):
         run = records.load_run(run.store)
     state, reason = derive_state(run, view)
     return Status(run, state, reason, view)
-
-
-def _views(runs: Sequence[Run]) -> dict[tuple[str, str], JobView]:
-    """What the schedulers say of the jobs that may still live; runs that have ended are not asked about."""
-    wanted: dict[str, list[str]] = {}
-    for run in runs:
-        if run.job_id and not _ended(run):
-            wanted.setdefault(run.backend, []).append(run.job_id)
-    views = {}
-    for backend, job_ids in wanted.items():
-        for job_id, view in backends.load(backend).describe(job_ids).items():
-            views[backend, job_id] = view
-    return views
 
 
 def has_ended(run: Run) -> bool:
@@ -137,21 +147,21 @@ def _ended(run: Run) -> bool:
     )
 
 
-def adopt(run: Run) -> Run:
-    """If the launcher died between submitting and writing the job id down, find the job by its tag and register it."""
+def _lost_tag(run: Run) -> str | None:
+    """The tag to look for where the launcher died between submitting and writing the job id down."""
     newest = run.submissions[-1] if run.submissions else None
-    if newest is None or newest.job_id or newest.failed:
+    if newest is None or newest.job_id or newest.failed or time.time() - newest.record.created > LOST_S:
+        return None
+    return newest.tag
+
+
+def _adopt(run: Run, found: Mapping[str, str]) -> Run:
+    """Register the job that was found by its tag. The job itself may have been faster; then its word counts."""
+    job_id = found.get(_lost_tag(run) or "")
+    if job_id is None:
         return run
     try:
-        found = backends.load(newest.backend).find(newest.tag)
-    except (ClusterError, UserError):
-        # Its state stays unknown; the status says so.
-        return run
-    if not found:
-        return run
-    try:
-        # The job itself may have been faster; then its word counts.
-        records.register_job(run.store, newest.number, found[0], "launcher")
+        records.register_job(run.store, run.submissions[-1].number, job_id, "launcher")
     except UserError:
         # One damaged run, or one of somebody else, must not hide all others.
         return run

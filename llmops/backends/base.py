@@ -28,6 +28,14 @@ class Submission:
     hidden_env: Sequence[str]  # names that must not be inherited: the values of secrets travel by file
 
 
+@dataclass(frozen=True)
+class Look:
+    """One look at a scheduler: ``views`` by job id, those of ``found`` included; ``found``: job ids by tag."""
+
+    views: dict[str, JobView]
+    found: dict[str, str]
+
+
 class Backend(Protocol):
     """Where jobs run."""
 
@@ -45,11 +53,11 @@ class Backend(Protocol):
     def submit(self, submission: Submission) -> str:
         """Submit and return the job id. Raises :class:`Rejected` or :class:`Ambiguous`."""
 
-    def find(self, spec_tag: str) -> list[str]:
-        """Ids of the jobs that carry this tag."""
+    def look(self, job_ids: Sequence[str], tags: Sequence[str] = ()) -> Look:
+        """Views of any number of jobs, and jobs by tag, with at most one query of each kind for all of them."""
 
-    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
-        """Views of any number of jobs with at most one query of each kind."""
+    def find(self, tag: str) -> str | None:
+        """The job that carries this tag. Raises :class:`ClusterError` when the scheduler does not answer."""
 
     def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
         """Ask for the jobs to end; their intent is recorded already."""

@@ -17,7 +17,7 @@ from llmops import agent_zip
 from llmops.agent import carry
 from llmops.agent.local import start_ticks
 from llmops.agent.rundir import is_url
-from llmops.backends.base import Rejected, Submission
+from llmops.backends.base import Look, Rejected, Submission
 from llmops.errors import UserError
 from llmops.job import JobSpec, JobView
 
@@ -74,9 +74,9 @@ class LocalBackend:
         process.returncode = 0
         return f"{socket.gethostname()}:{process.pid}:{start_ticks(process.pid)}"
 
-    def find(self, spec_tag: str) -> list[str]:
+    def find(self, tag: str) -> str | None:
         """The supervisor whose environment carries the tag; its agents and ranks inherit it, hence only the oldest."""
-        needle = f"{TAG}={spec_tag}".encode()
+        needle = f"{TAG}={tag}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -84,11 +84,12 @@ class LocalBackend:
             with contextlib.suppress(OSError):
                 if needle in (entry / "environ").read_bytes().split(b"\0"):
                     found.append((start_ticks(int(entry.name)), int(entry.name)))
-        return [f"{socket.gethostname()}:{pid}:{ticks}" for ticks, pid in sorted(found)[:1]]
+        return next((f"{socket.gethostname()}:{pid}:{ticks}" for ticks, pid in sorted(found)), None)
 
-    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
+    def look(self, job_ids: Sequence[str], tags: Sequence[str] = ()) -> Look:
         """Running, or gone."""
-        return {job_id: self._describe(job_id) for job_id in job_ids}
+        found = {tag: job_id for tag in tags if (job_id := self.find(tag))}
+        return Look({job_id: self._describe(job_id) for job_id in [*job_ids, *found.values()]}, found)
 
     def _describe(self, job_id: str) -> JobView:
         host, pid = _parse(job_id)

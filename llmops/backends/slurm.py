@@ -13,7 +13,7 @@ from typing import Any
 from llmops import agent_zip
 from llmops.agent import carry
 from llmops.agent.rundir import is_url
-from llmops.backends.base import Ambiguous, Rejected, Submission
+from llmops.backends.base import Ambiguous, Look, Rejected, Submission
 from llmops.backends.slurm_limits import check_limits, check_reachable
 from llmops.config.schema import SlurmCluster, time_limit_seconds
 from llmops.errors import ClusterError, UserError
@@ -22,6 +22,7 @@ from llmops.render import render_template, sbatch_options
 
 CALL_TIMEOUT_S = 60.0
 REQUEUE_DELAY_S = 5  # must outlast the end of the job and its epilog; see llmops.agent.scontrol.cut_wait
+LOST_DAYS = 7  # how far back the accounting is searched for a job by its name
 MANY = 100  # with more jobs than this, one listing of all is cheaper than naming each
 
 _STATES: dict[str, JobState] = {
@@ -180,48 +181,58 @@ class SlurmBackend:
         try:
             found = self.find(submission.spec.tag)
         except ClusterError:
-            found = []
+            found = None
         if found:
-            return found[0]
+            return found
         raise Ambiguous(errors)
 
-    def find(self, spec_tag: str) -> list[str]:
-        """Jobs by name: the queue first, then the accounting, which does not know held jobs."""
-        code, output, errors = call("squeue", "-h", "-t", "all", "-n", spec_tag, "-o", "%A", timeout=30)
-        if code:
-            raise ClusterError(f"squeue: {errors}")
-        if output.split():
-            return sorted(set(output.split()), key=int)
-        code, output, _ = call(
-            "sacct", "-n", "-P", "-X", "-S", "now-7days", f"--name={spec_tag}", "-o", "jobid", timeout=30
-        )
-        return sorted(set(output.split())) if code == 0 else []
+    def find(self, tag: str) -> str | None:
+        """The job with this name, in the queue or in the accounting."""
+        look = self.look((), (tag,))
+        if tag not in look.found and "unreachable" in look.views:
+            raise ClusterError(look.views["unreachable"].reason)
+        return look.found.get(tag)
 
-    def describe(self, job_ids: Sequence[str]) -> dict[str, JobView]:
-        """One ``squeue``; for jobs that have left the queue, one ``sacct``, where there is accounting."""
+    def look(self, job_ids: Sequence[str], tags: Sequence[str] = ()) -> Look:
+        """One ``squeue``; for jobs that have left the queue, one ``sacct``, where there is accounting.
+
+        Names are looked for among all jobs, since neither command can ask for ids or names.
+        """
         wanted = list(dict.fromkeys(job_ids))
-        if not wanted:
-            return {}
-        named = ["-j", ",".join(wanted)] if len(wanted) <= MANY else []
-        code, output, errors = call("squeue", "-h", "-t", "all", *named, "-o", "%i|%T|%S|%r", timeout=30)
+        if not wanted and not tags:
+            return Look({}, {})
+        named = ["-j", ",".join(wanted)] if len(wanted) <= MANY and not tags else []
+        code, output, errors = call("squeue", "-h", "-t", "all", *named, "-o", "%i|%T|%S|%j|%r", timeout=30)
         if code and "Invalid job id" not in errors:
-            return {job_id: JobView(job_id, "unreachable", f"squeue: {errors}") for job_id in wanted}
-        views = {}
+            silent = {
+                job_id: JobView(job_id, "unreachable", f"squeue: {errors}") for job_id in wanted or ["unreachable"]
+            }
+            return Look(silent, {})
+        views: dict[str, JobView] = {}
+        found: dict[str, str] = {}
         for line in output.splitlines():
-            job_id, state, start, reason = line.split("|", 3)
-            views[job_id] = _view(job_id, state, reason, start)
+            # A name of somebody else's may hold the separator.
+            job_id, state, start, *name, reason = line.split("|")
+            if job_id in wanted or "|".join(name) in tags:
+                views[job_id] = _view(job_id, state, reason, start)
+                found.setdefault("|".join(name), job_id)
         missing = [job_id for job_id in wanted if job_id not in views]
-        if missing:
-            fields = ("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "jobid,state,start")
+        lost = [tag for tag in tags if tag not in found]
+        if missing or lost:
+            which = ["-S", f"now-{LOST_DAYS}days"] if lost else ["-j", ",".join(missing)]
+            fields = ("sacct", "-X", "-n", "-P", *which, "-o", "jobid,state,start,jobname")
             code, output, _ = call(*fields, timeout=30)
             for line in output.splitlines() if code == 0 else []:
-                job_id, state, start = line.split("|")
-                views[job_id] = _view(job_id, state.split(" ")[0], "", start)
-        return {job_id: views.get(job_id, JobView(job_id, "gone", "SLURM knows no such job")) for job_id in wanted}
+                job_id, state, start, name_ = line.split("|", 3)
+                if job_id in missing or name_ in lost:
+                    views[job_id] = _view(job_id, state.split(" ")[0], "", start)
+                    found.setdefault(name_, job_id)
+        gone = {job_id: JobView(job_id, "gone", "SLURM knows no such job") for job_id in wanted if job_id not in views}
+        return Look({**views, **gone}, {tag: found[tag] for tag in tags if tag in found})
 
     def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
         """``scancel``, or the warning signal to the batch host alone. A job that waits has nothing to save."""
-        views = self.describe(job_ids)
+        views = self.look(job_ids).views
         running = [job_id for job_id, view in views.items() if view.state == "running"]
         signalled = running if graceful else []
         killed = [job_id for job_id in job_ids if job_id not in signalled]

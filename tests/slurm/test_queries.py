@@ -101,6 +101,28 @@ def test_a_status_of_many_runs_asks_once(counted):
     counted.ok("cancel", running)
 
 
+def test_jobs_that_were_never_written_down_are_found_by_one_look(counted):
+    """The launcher died after each of three submissions, and before each of three others."""
+    held = [counted.submit(*NO_CODE, 'cluster.extra=["--hold"]', command=("true",)) for _ in range(3)]
+    never = [counted.submit(*NO_CODE, 'cluster.extra=["--hold"]', command=("true",)) for _ in range(3)]
+    for run_id in held + never:
+        record = counted.root / run_id / "job" / "0000" / "job.json"
+        if run_id in never:
+            cluster.run(["scancel", json.loads(record.read_text())["job_id"]])
+            name = json.loads((record.parent / "submission.json").read_text())["tag"]
+            # As if it had never been accepted: no job has the name of its submission.
+            text = (record.parent / "submission.json").read_text().replace(name, f"{name}x")
+            (record.parent / "submission.json").write_text(text)
+        record.unlink()
+    counted.calls()
+    values = {value["id"]: value for value in json.loads(counted.ok("status", "--json"))}
+    assert sorted(counted.calls()) == ["sacct", "squeue"]
+    assert [values[run_id]["state"] for run_id in held] == ["pending"] * 3
+    assert [values[run_id]["state"] for run_id in never] == ["unknown"] * 3
+    for run_id in held:
+        assert (counted.root / run_id / "job" / "0000" / "job.json").exists()
+
+
 def test_a_status_of_runs_that_are_over_asks_nobody(counted):
     made = RunMaker(str(counted.root))
     for number in range(30):
