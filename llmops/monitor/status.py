@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmops.errors import ClusterError
+from llmops.errors import ClusterError, UserError
 from llmops.job import JobView
 from llmops.runs.lineage import attempt_steps, merged_metrics, recent_metrics
 from llmops.runs.model import Attempt, Run
@@ -42,8 +42,15 @@ def describe(runs: Sequence[Run], jobs: Mapping[str, JobView]) -> list[Described
 
 def _describe(run: Run, job: JobView | None) -> Described:
     state, reason = derive_state(run, job)
-    recent = recent_metrics(run, RECENT_STEPS)
     record = run.record
+    problems = list(run.problems)
+    try:
+        recent = recent_metrics(run, RECENT_STEPS)
+        attempts = [_attempt(run, attempt, state, attempt_steps(run, attempt.number)) for attempt in run.attempts]
+    except (UserError, ClusterError, OSError) as error:
+        # Metrics that cannot be read take nothing away from the rest of this run, nor from other runs.
+        problems.append(str(error))
+        recent, attempts = [], [_attempt(run, attempt, state, (None, None)) for attempt in run.attempts]
     return {
         "id": run.id,
         "name": run.name,
@@ -61,13 +68,13 @@ def _describe(run: Run, job: JobView | None) -> Described:
         "created": record.created if record else None,
         "url": run.url,
         "error": _error(run),
-        "problems": run.problems,
-        "attempts": [_attempt(run, attempt, state) for attempt in run.attempts],
+        "problems": problems,
+        "attempts": attempts,
     }
 
 
-def _attempt(run: Run, attempt: Attempt, state: State) -> Described:
-    first, last = attempt_steps(run, attempt.number)
+def _attempt(run: Run, attempt: Attempt, state: State, steps: tuple[int | None, int | None]) -> Described:
+    first, last = steps
     end = attempt.end
     return {
         "number": attempt.number,

@@ -77,11 +77,14 @@ class Launcher:
         """Wait until the newest attempt has done ``step``."""
         self.wait_for(lambda: (self.step(run_id) or 0) >= step, timeout, f"{run_id} to reach step {step}", run_id)
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float, what: str, run_id: str) -> None:
+    def wait_for(
+        self, condition: Callable[[], Any], timeout: float, what: str | Callable[[], str], run_id: str
+    ) -> None:
         """Wait for anything else about a run."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, f"waited {timeout} s for {what}\n{self.trace(run_id)}"
+            told = what if isinstance(what, str) else what()
+            assert time.monotonic() < deadline, f"waited {timeout} s for {told}\n{self.trace(run_id)}"
             time.sleep(0.05)
 
     def step(self, run_id: str) -> int | None:

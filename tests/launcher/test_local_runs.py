@@ -214,11 +214,18 @@ def test_kill_9_of_the_launcher_at_any_moment(local):
         time.sleep(moment)  # the moment itself is what is tested
         process.kill()
         process.wait()
-    values = json.loads(local.ok("status", "--json"))
-    for value in values:
-        jobs = [line for line in local.alive(value["id"]) if " local --run " in line]
-        expected = 1 if value["state"] in ("running", "pending") else 0
-        assert len(jobs) == expected, (value, jobs)
+    values: list[dict] = []
+
+    def settled():
+        """A process that was just forked has not become a supervisor yet: a moment later it has, and is known."""
+        values[:] = json.loads(local.ok("status", "--json"))
+        return all(
+            len([line for line in local.alive(value["id"]) if " local --run " in line])
+            == (1 if value["state"] in ("running", "pending") else 0)
+            for value in values
+        )
+
+    local.wait_for(settled, 20, lambda: f"one supervisor for each live run: {values}", "none")
     running = [value["id"] for value in values if value["state"] in ("running", "pending")]
     assert "whole" in {value["name"] for value in values if value["id"] in running}
     local.ok("cancel", *running)

@@ -290,3 +290,15 @@ def test_what_is_alive_is_shown_first_where_there_is_no_room() -> None:
     ]
     assert [each["id"] for each in _that_fit(runs, 2)] == [0, 3]
     assert [each["id"] for each in _that_fit(runs, 9)] == [0, 1, 2, 3]
+
+
+def test_metrics_that_cannot_be_read_hide_nothing_else(make_run):
+    run = make_run("r")
+    run.submission(0, job_id="1")
+    run.start(0)
+    run.store.put("metrics/0000/000000.jsonl/x", b"")  # a folder where a file should be
+    (described,) = describe([run.load()], {"1": JobView("1", "running")})
+    assert described["state"] == "running"
+    assert described["loss"] is None
+    assert len(described["attempts"]) == 1
+    assert described["problems"]
