@@ -111,8 +111,9 @@ class NodeAgent:
             try:
                 self._start(message)
             except (ranks.SpecError, OSError) as error:
-                self._kill()
+                # The reason first: once all agents have ended, nobody listens any more.
                 self._tell_failure(None, str(error), "failed")
+                self._kill()
         elif message["type"] == "stop":
             self._stop(message["cause"], time.time() + message["seconds"])
         elif message["type"] == "abort":

@@ -118,6 +118,12 @@ def test_a_program_that_fails_at_once_is_given_up(local):
     assert "the reason is here" in local.ok("logs", run_id)
 
 
+def test_a_program_that_cannot_be_started_says_why(local):
+    run_id = local.submit("retry.backoff_s=0.1", command=("/nonexistent/program",))
+    value = local.wait(run_id, "failed")
+    assert "rank 0 cannot be started: /nonexistent/program is not there on this node" in value["error"]
+
+
 def test_a_hung_rank_is_found_and_started_again(local, undisturbed):
     run_id = local.submit(*TINY, "stop.hang_s=4")
     local.wait_step(run_id, 23)
