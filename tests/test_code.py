@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llmops.agent.rundir import RunDir
 from llmops.agent.snapshot import unpack
 from llmops.code import CodeSnapshot, snapshot
 from llmops.errors import UserError
@@ -117,7 +118,7 @@ def test_the_supervisor_unpacks_it(root: Path, take: Take, tmp_path: Path, monke
     (root / "pkg_again").symlink_to("pkg")
     (root / "naïve \n name.py").write_text("")
     (root / os.fsdecode(b"latin\xe9.py")).write_text("")
-    folder = Path(unpack(take(root).archive))
+    folder = Path(unpack(take(root).archive, RunDir(str(tmp_path))))
     assert sorted(os.listdir(folder)) == sorted(os.listdir(root))
     assert os.access(folder / "train.py", os.X_OK)
     assert not os.access(folder / "pkg" / "mod.py", os.X_OK)

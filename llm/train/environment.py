@@ -14,7 +14,9 @@ def rank_environment() -> tuple[int, int, int]:
 
         # submitit looks for the mark of its own jobs; a plain srun has the same SLURM variables without it.
         os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
+        given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ.update(given)
     try:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         return rank, size, int(os.environ.get("LOCAL_RANK", "0"))

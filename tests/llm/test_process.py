@@ -152,7 +152,12 @@ def test_the_environment_of_a_plain_srun(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ["MASTER_ADDR"] == "n1"
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name)
+        del os.environ[name]  # not monkeypatch.delenv: it would bring the value back at the end, for all later tests
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert rank_environment() == (3, 4, 1)
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"  # where a node's name means nothing to the others
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        del os.environ[name]
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ConfigError, match="RANK"):
         rank_environment()

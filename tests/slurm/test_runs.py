@@ -375,7 +375,9 @@ def test_the_trainer_alone_under_plain_srun(slurm, tmp_path):
     overrides = ["recipe=tiny", "train.max_steps=4", "train.warmup_steps=2", "eval.batches=1", "eval.sample_prompts=[]"]
     config.write_text(load_config(["cluster=slurm", *overrides]).yaml_text)
     command = [sys.executable, "-m", "llm.train", "--config", str(config), "--run-url", str(tmp_path / "run")]
-    done = cluster.run(["srun", "-N2", "-n2", "--ntasks-per-node=1", *command], timeout=120, cwd=TREE)
+    # On this cluster the nodes' names resolve to nothing: they are all one machine.
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    done = cluster.run(["srun", "-N2", "-n2", "--ntasks-per-node=1", *command], timeout=120, cwd=TREE, env=env)
     lines = (tmp_path / "run" / "metrics" / "0000" / "000000.jsonl").read_text().splitlines()
     assert [value["step"] for value in map(json.loads, lines) if value["kind"] == "step"] == [1, 2, 3, 4], done.stdout
     assert sorted(path.name for path in tmp_path.glob("run/checkpoints/*/*/*.safetensors")) == [
