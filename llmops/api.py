@@ -66,14 +66,9 @@ def submit(prepared: launch.Prepared) -> Run:
     return records.load_run(launch.start(prepared))
 
 
-def runs_url_or_default(runs_url: str | None) -> str:
-    """Where runs are looked for: what was given, else LLMOPS_RUNS_URL, else the user's data directory."""
-    return runs_url or default_runs_url()
-
-
 def find(ref: str | None, runs_url: str | None = None) -> Run:
     """The run that ``ref`` means (name, id or unambiguous prefix); the newest one when it is None."""
-    url = runs_url_or_default(runs_url)
+    url = runs_url or default_runs_url()
     if ref is not None:
         return records.find_run(url, ref)
     runs = records.list_runs(url)
@@ -84,7 +79,7 @@ def find(ref: str | None, runs_url: str | None = None) -> Run:
 
 def statuses(refs: Sequence[str] = (), runs_url: str | None = None) -> list[Status]:
     """The named runs, or all of them, with at most one query of each kind to each scheduler."""
-    url = runs_url_or_default(runs_url)
+    url = runs_url or default_runs_url()
     runs = [records.find_run(url, ref) for ref in refs] if refs else records.list_runs(url)
     return _statuses(runs)
 

@@ -184,18 +184,14 @@ class NodeAgent:
             if code is None:
                 continue
             rank.code = code
-            self._drain(rank)
+            # What is left in its pipe belongs to its last words; what its orphans still write is not waited for.
+            self._pump(rank)
             stopping = self.deadline is not None
             # While the ranks stop, only the deadline hurries them: the others may still be saving.
             if code != 0 and not stopping:
                 self._tell_failure(rank, rank.output.tail(), "failed")
         if self.ranks and all(rank.code is not None for rank in self.ranks):
             self._tell_end()
-
-    def _drain(self, rank: Rank) -> None:
-        """Read what a finished rank left in its pipe; what its orphans still write is not waited for."""
-        if rank.output.open:
-            self._pump(rank)
 
     def _check_time(self) -> None:
         running = [rank for rank in self.ranks if rank.code is None]

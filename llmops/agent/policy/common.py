@@ -33,9 +33,7 @@ class Decision:
     """What to do next.
 
     action: ``exit`` (leave with ``exit_code``), ``again`` (a new attempt in this job after ``delay_s``), ``requeue``
-    (ask the
-    scheduler to run the job again, soon), ``kick`` (it does so by itself: only cut the wait), ``wait`` (it does so by
-    itself).
+    (ask the scheduler to run the job again, soon), ``kick`` (it does so by itself: only cut the wait).
     """
 
     action: str
@@ -47,9 +45,7 @@ class Decision:
     @property
     def next(self) -> str:
         """What the attempt's record says of what follows."""
-        return {"exit": "end", "again": "retry", "requeue": "requeue", "kick": "requeue", "wait": "requeue"}[
-            self.action
-        ]
+        return {"exit": "end", "again": "retry", "requeue": "requeue", "kick": "requeue"}[self.action]
 
 
 FAILURE_REASONS = {"failed": "failed", "hung": "hung", "lost": "node_failure"}
