@@ -9,11 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm.checkpoint.format import CheckpointError, Commit
+from llm.checkpoint.lineage import newest_commit, read_manifest
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
-from llm.train.checkpoint import Checkpointer, Rows
 from llm.train.dist import World
-from llm.train.manifest import CheckpointError, Commit, newest_commit
+from llm.train.pieces import local_pieces
+from llm.train.resharding import load as load_tensors
 from llm.utils.config import ConfigError, TrainingConfig, load
 from llm.utils.storage import open_storage
 
@@ -61,8 +63,9 @@ def load_model(config: TrainingConfig, run_url: str, device: torch.device) -> tu
         raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
     with device:
         model = Transformer(config.model)
-    reader = Checkpointer(storage, World(0, 1, 0, device, grouped=False), commit.attempt, 0, keep_last=1)
-    reader.load(commit, [Rows.of(f"model.{name}", value, value) for name, value in model.named_parameters()])
+    pieces = local_pieces({f"model.{name}": value for name, value in model.named_parameters()})
+    alone = World(0, 1, 0, device, grouped=False)
+    load_tensors(storage, commit, read_manifest(storage, commit), pieces, alone, prefixes=("model.",))
     return model.eval(), commit
 
 

@@ -7,12 +7,14 @@ import sys
 
 import torch.distributed as dist
 
+from llm.checkpoint.format import CheckpointError, Commit
+from llm.checkpoint.lineage import folders, newest_commit
 from llm.train.checkpoint import Checkpointer
 from llm.train.control import Control
 from llm.train.dist import World, connect
 from llm.train.logging import Metrics
 from llm.train.loop import Trainer, prepare
-from llm.train.manifest import CheckpointError, Commit, folders, newest_commit
+from llm.train.schedule import retention
 from llm.utils.config import TrainingConfig
 from llm.utils.storage import Storage, open_storage
 
@@ -34,11 +36,12 @@ def run_attempt(
         attempt, generation, resume = agree(storage, world)
         if rank == 0:
             metrics.open(storage, attempt)
-        checkpointer = Checkpointer(storage, world, attempt, generation, config.checkpoint.keep_last)
+        saving = config.checkpoint
+        checkpointer = Checkpointer(storage, world, attempt, generation, retention(saving), saving.save_seconds)
         trainer = Trainer(config, world, storage, control, metrics, checkpointer, resume)
         metrics.write("phase", phase="loaded", step=trainer.step)
         return trainer.run()
-    except (CheckpointError, FloatingPointError) as error:
+    except (CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

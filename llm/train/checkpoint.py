@@ -1,275 +1,245 @@
-"""Sharded checkpoints: every rank writes and reads its own rows, and one small file commits them all.
+"""Sharded, asynchronous checkpoints of one attempt: every rank writes its own files, one small file commits them all.
 
-The engine is synchronous. Its seam is small: ``newest_commit`` finds, :meth:`Checkpointer.load` reads, ``save`` writes.
+    checkpointer.attach(tensors)        once: what a checkpoint holds, and which rank saves what
+    checkpointer.load(commit)           fill it
+    checkpointer.save(step, state)      copy it to the staging buffer, and on with the training
+    checkpointer.poll()                 once a step: what became of the save
+    checkpointer.fence()                before the weights change
+
+No collective runs in the background, and none in ``save``: ranks acknowledge by their part manifests in the store, and
+rank 0's writer process commits when all are there.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
-import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
+from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifest, open_manifest
+from llm.checkpoint.image import Box, lay_out, owners, staging_bytes
+from llm.checkpoint.lineage import ancestors, before, read_manifest
+from llm.checkpoint.messages import CommitOrder, Committed, Failed, Layout, Reply, Save, Written
+from llm.checkpoint.probe import probe
+from llm.checkpoint.retention import Retention
 from llm.train.dist import World
-from llm.train.manifest import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    Commit,
-    Manifest,
-    PartEntry,
-    PartManifest,
-    TensorPart,
-    ancestors,
-    decode,
-    delete,
-    part_name,
-    read_manifest,
-    seal,
-    shard_name,
-)
-from llm.utils.sharding import place
-from llm.utils.storage import Buffer, Storage
+from llm.train.pieces import NAMES, LocalPiece, local_pieces
+from llm.train.resharding import load
+from llm.train.saver import Saver
+from llm.train.staging import Staging
+from llm.utils.local_storage import LocalStorage
+from llm.utils.storage import Storage
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# An object is sent in one request: small enough to be sent again, and enough of them to fill all connections.
+FILES = 16
+MIN_FILE, MAX_FILE = 8 << 20, 64 << 20
+LOCAL_FILE = 1 << 30  # on a file system each file costs an fsync
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What this rank holds of one tensor: ``data`` starts at ``offset`` of the global ``shape``."""
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a save on this rank; on rank 0 ``committed`` means that all of it counts."""
 
-    name: str
-    data: Tensor
-    shape: list[int]
-    offset: list[int]
-
-    @staticmethod
-    def of(name: str, data: Tensor, whole: Tensor) -> Rows:
-        """``data`` are this rank's rows of a tensor that is sharded as ``whole``."""
-        shape = list(whole.shape)
-        return Rows(name, data.detach(), shape, [place(whole)[0], *(0 for _ in shape[1:])] if shape else [])
+    commit: Commit
+    committed: bool = False
+    reason: str | None = None  # why it failed
+    warning: str | None = None
+    seconds: float = 0.0  # since the request
+    bytes: int = 0  # of all ranks
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one attempt. All ranks call each method together."""
+    """Saves and loads. All ranks call ``attach``, ``save``, ``load`` and ``wait`` together."""
 
-    def __init__(self, storage: Storage, world: World, attempt: int, generation: int, keep_last: int) -> None:
-        self.storage, self.world, self.keep_last = storage, world, keep_last
+    def __init__(
+        self,
+        storage: Storage,
+        world: World,
+        attempt: int,
+        generation: int,
+        keep: Retention,
+        limit_s: float,
+        code: str = "",
+    ) -> None:
+        self.storage, self.world, self.keep, self.limit_s, self.code = storage, world, keep, limit_s, code
         self.attempt, self.generation = attempt, generation
         self.chain: list[Commit] = []  # rank 0: the commits that lead to the present state, oldest first
+        self.blocked_s = 0.0  # what the last save cost the training: waiting for the one before, and copying
+        self.bytes = 0  # of a checkpoint
+        self.pieces: list[LocalPiece] = []
+        self.saver = Saver(storage.url, world.rank, Staging(world.device))
+        self._saved: list[Tensor] = []  # what this rank writes of its pieces: replicated ones are shared out
+        self._last_step = -1
+        self._events: list[Event] = []
 
-    def save(self, step: int, tensors: Iterable[Rows], state: dict[str, Any]) -> Commit:
-        """Write and commit the state after ``step``; ``state`` is the same JSON on every rank.
+    def attach(self, tensors: Mapping[str, Tensor]) -> None:
+        """Say what a checkpoint holds: tensors that stay where they are, sharded (DTensor) or the same everywhere."""
+        self.pieces = local_pieces(tensors)
+        boxes = [
+            Box(
+                name=piece.name,
+                dtype=NAMES[piece.data.dtype],
+                shape=piece.shape,
+                offset=piece.offset,
+                local_shape=list(piece.data.shape),
+                placement=piece.placement,
+            )
+            for piece in self.pieces
+        ]
+        everyone = self.world.all_gather_bytes(msgspec.json.encode(boxes))
+        holders = [msgspec.json.decode(each, type=list[Box]) for each in everyone]
+        saves = owners(enumerate(holders))
+        self.bytes = sum(holders[rank][index].bytes for rank, indices in saves.items() for index in indices)
+        mine = sorted(saves.get(self.world.rank, ()))
+        self._saved = [self.pieces[index].data for index in mine]
+        boxes = [boxes[index] for index in mine]
+        limit = LOCAL_FILE
+        if not isinstance(self.storage, LocalStorage):
+            limit = min(max(sum(box.bytes for box in boxes) // FILES, MIN_FILE), MAX_FILE)
+        files = lay_out(boxes, self.world.rank, limit)
+        self.saver.set_layout(Layout(size=staging_bytes(files), boxes=boxes, files=files))
 
-        Returns once the commit is durable. Raises CheckpointError on every rank when any of them could not write.
-        """
-        commit = Commit(attempt=self.attempt, generation=self.generation, step=step)
-        rows = [row for row in tensors if row.data.numel()]
-        self._together(f"cannot save {commit.path}", lambda: self._write_part(commit, rows))
-        self._together(f"cannot commit {commit.path}", lambda: self._commit(commit, state))
+    def check_store(self) -> None:
+        """Find out whether a checkpoint can be saved at all. Raises CheckpointError on every rank."""
+        failure = None
         if self.world.rank == 0:
-            self.chain.append(commit)
-            self._forget_old()
+            try:
+                probe(self.storage, self.bytes)
+            except CheckpointError as error:
+                failure = error
+        self.world.raise_together(failure)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: dict[str, Any], files_before: Mapping[str, bytes] | None = None) -> Commit:
+        """Stage the state after ``step`` and begin to write it; ``state`` is JSON, and the same on every rank.
+
+        ``files_before`` (rank 0) are put into the run directory before the commit is. A save that is still in flight
+        is waited for. What becomes of this one, :meth:`poll` tells.
+        """
+        began = time.perf_counter()
+        self._note(self.saver.wait())
+        if step <= self._last_step:  # a rollback, or a save that failed: what is there is never written again
+            self.generation += 1
+        self._last_step = step
+        commit = Commit(attempt=self.attempt, generation=self.generation, step=step)
+        order = None
+        if self.world.rank == 0:
+            order = CommitOrder(
+                world_size=self.world.size,
+                mesh={"ranks": self.world.size},
+                code=self.code,
+                chain=self.chain,
+                keep=self.keep,
+                state=state,
+                files_before=dict(files_before or {}),
+            )
+        rng = capture_rng(self.world.device)
+        save = Save(commit=commit, began=time.time(), limit_s=self.limit_s, rng=rng, order=order)
+        self.saver.begin(save, self._saved)
+        self._note(self.saver.poll())
+        self.blocked_s = time.perf_counter() - began
         return commit
 
-    def load(self, commit: Commit, tensors: Iterable[Rows]) -> dict[str, Any]:
-        """Fill ``tensors`` from ``commit``, saved by any number of ranks, and return its state.
+    def poll(self) -> list[Event]:
+        """What became of earlier saves, without waiting for any."""
+        self._note(self.saver.poll())
+        events, self._events = self._events, []
+        return events
 
-        The random generators continue where they were when the number of ranks is the same. Raises CheckpointError
-        that names the file, and the tensor, of anything missing or damaged.
+    def wait(self) -> list[Event]:
+        """Wait until the save in flight has ended on every rank. If it failed anywhere, all raise CheckpointError."""
+        self._note(self.saver.wait())
+        events = self.poll()
+        failed = [event for event in events if event.reason is not None]
+        last = failed[-1] if failed and failed[-1].commit.step == self._last_step else None
+        complaint = None if last is None else f"cannot save {last.commit.path} in {self.storage.url}: {last.reason}"
+        if (reason := self.world.failure(complaint)) is not None:
+            raise CheckpointError(reason)
+        return events
+
+    def fence(self) -> None:
+        """Call it before the weights change: they may still be on their way to the staging buffer."""
+        self.saver.staging.fence()
+
+    def abandon(self, reason: str) -> None:
+        """Rank 0: another rank has failed to write its part."""
+        self.saver.abandon(reason)
+
+    def close(self) -> None:
+        """Let the writer process leave; a save in flight is finished first."""
+        self.saver.close()
+
+    def _note(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            if isinstance(reply, Committed):
+                self.chain = reply.chain
+                done = Event(commit=reply.commit, committed=True, seconds=reply.seconds, bytes=reply.bytes)
+                self._events.append(msgspec.structs.replace(done, warning=reply.warning))
+            elif isinstance(reply, Failed):
+                self._events.append(Event(commit=reply.commit, reason=reply.reason))
+            elif isinstance(reply, Written) and self.world.rank:
+                self._events.append(Event(commit=reply.commit, seconds=reply.seconds, bytes=reply.bytes))
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    def load(self, commit: Commit) -> dict[str, Any]:
+        """Fill what is attached from ``commit``, saved by any number of ranks in any layout, and return its state.
+
+        The random generators continue where they were when the number of ranks is the same. Raises DamagedError on
+        every rank when the checkpoint is proven damaged, CheckpointError when it cannot be read or does not fit.
         """
-        state: dict[str, Any] = {}
-        self._together(f"cannot load {commit.path}", lambda: state.update(self._load(commit, tensors)))
-        return state
-
-    def _load(self, commit: Commit, tensors: Iterable[Rows]) -> dict[str, Any]:
-        manifest = read_manifest(self.storage, commit)
-        parts = Parts(self.storage, commit, manifest, self.world.rank)
-        for rows in tensors:
-            parts.fill(rows)
-        if manifest.world_size == self.world.size:
-            restore_rng(parts.part(self.world.rank).rng, self.world.device)
+        manifest = self._manifest(commit)
+        rng = load(self.storage, commit, manifest, self.pieces, self.world)
+        if rng is not None:
+            restore_rng(rng, self.world.device)
         if self.world.rank == 0:
             self.chain = ancestors(self.storage, commit, manifest)
         return manifest.state
 
-    def _write_part(self, commit: Commit, rows: list[Rows]) -> None:
-        rank = self.world.rank
-        header, spans = safetensors_header(rows)
-        checksums: dict[str, int] = {}
-        self.storage.write(f"{commit.path}/{shard_name(rank)}", _pieces(header, rows, checksums))
-        part = PartManifest(
-            format=FORMAT,
-            rank=rank,
-            file=shard_name(rank),
-            bytes=max((end for _, end in spans.values()), default=len(header)),
-            tensors={
-                row.name: TensorPart(
-                    dtype=NAMES[row.data.dtype],
-                    shape=row.shape,
-                    offset=row.offset,
-                    local_shape=list(row.data.shape),
-                    begin=spans[row.name][0],
-                    end=spans[row.name][1],
-                    crc32=checksums[row.name],
-                )
-                for row in rows
-            },
-            rng=capture_rng(self.world.device),
-        )
-        self.storage.write(f"{commit.path}/{part_name(rank)}", [msgspec.json.encode(part)])
+    def load_newest(self, commit: Commit) -> tuple[Commit, dict[str, Any]]:
+        """Load ``commit``, or the newest before it that is not damaged. Raises CheckpointError when there is none.
 
-    def _commit(self, commit: Commit, state: dict[str, Any]) -> None:
-        """Rank 0 reads back every part manifest, which proves that all ranks write to the same place, and commits."""
-        if self.world.rank:
-            return
-        entries = []
-        for rank in range(self.world.size):
-            path = f"{commit.path}/{part_name(rank)}"
-            data = self.storage.read(path)
-            part = decode(data, PartManifest, path)
-            digest = hashlib.sha256(data).hexdigest()
-            entries.append(
-                PartEntry(rank=rank, manifest=part_name(rank), sha256=digest, file=part.file, bytes=part.bytes)
-            )
-        manifest = Manifest(
-            format=FORMAT,
-            step=commit.step,
-            attempt=commit.attempt,
-            generation=commit.generation,
-            time=time.time(),
-            world_size=self.world.size,
-            parent=self.chain[-1].path if self.chain else None,
-            parts=entries,
-            state=state,
-        )
-        self.storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
-
-    def _together(self, complaint: str, work: Callable[[], None]) -> None:
-        """Do ``work``, wait for all ranks, and raise the same everywhere when it failed anywhere."""
-        failure: OSError | CheckpointError | None = None
-        try:
-            work()
-        except (OSError, CheckpointError) as error:
-            failure = error
-        if (reason := self.world.failure(None if failure is None else str(failure))) is not None:
-            raise CheckpointError(f"{complaint} in {self.storage.url}: {reason}") from failure
-
-    def _forget_old(self) -> None:
-        """Keep the last ``keep_last`` commits of the chain. What an older attempt wrote beside it is left alone."""
-        while len(self.chain) > self.keep_last:
+        A store that does not answer is an error, never a reason to go further back.
+        """
+        while True:
             try:
-                delete(self.storage, self.chain[0])
-            except OSError as error:  # costs space, not the run
-                print(f"cannot remove {self.chain[0].path}: {error}", file=sys.stderr, flush=True)
-                return
-            del self.chain[0]
+                return commit, self.load(commit)
+            except DamagedError as error:
+                if (earlier := self._before(commit)) is None:
+                    raise CheckpointError(f"{error}; there is no earlier checkpoint") from error
+                if self.world.rank == 0:
+                    print(f"warning: {error}; going back to {earlier.path}", flush=True)
+                commit = earlier
 
-
-class Parts:
-    """What the ranks of one commit saved. Parts are read when needed, this rank's own first: often the only one."""
-
-    def __init__(self, storage: Storage, commit: Commit, manifest: Manifest, rank: int) -> None:
-        self.storage, self.commit, self.manifest = storage, commit, manifest
-        self.order = sorted(range(manifest.world_size), key=lambda other: (other != rank, other))
-        self.read: dict[int, PartManifest] = {}
-
-    def part(self, rank: int) -> PartManifest:
-        """The part manifest of ``rank``, checked against the commit's digest of it."""
-        if rank not in self.read:
-            entry = self.manifest.parts[rank]
-            path = f"{self.commit.path}/{entry.manifest}"
+    def _manifest(self, commit: Commit) -> Manifest:
+        """Rank 0 reads; all get the same, or the same error."""
+        data, failure = b"", None
+        if self.world.rank == 0:
             try:
-                data = self.storage.read(path)
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing from a committed checkpoint") from None
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
-            self.read[rank] = decode(data, PartManifest, path)
-        return self.read[rank]
+                manifest = read_manifest(self.storage, commit)
+                data = msgspec.json.encode(manifest)
+            except (OSError, CheckpointError) as error:
+                failure = error
+        self.world.raise_together(failure, f"cannot load {commit.path} from {self.storage.url}")
+        return open_manifest(self.world.bytes_from_first(data), commit)
 
-    def fill(self, rows: Rows) -> None:
-        """Copy into ``rows`` whatever each part holds of them, until nothing is missing."""
-        missing = rows.data.numel()
-        for rank in self.order:
-            if not missing:
-                return
-            part = self.part(rank)
-            if (saved := part.tensors.get(rows.name)) is None:
-                continue
-            path = f"{self.commit.path}/{part.file}"
-            if saved.shape != rows.shape:
-                raise CheckpointError(f"{path}: tensor {rows.name} is {saved.shape}, the model wants {rows.shape}")
-            box = overlap(rows.offset, list(rows.data.shape), saved.offset, saved.local_shape)
-            if box is None:
-                continue
-            source, target = self._tensor(path, rows.name, saved), rows.data
-            for dim, (begin, end) in enumerate(box):
-                source = source.narrow(dim, begin - saved.offset[dim], end - begin)
-                target = target.narrow(dim, begin - rows.offset[dim], end - begin)
-            target.copy_(source)
-            missing -= target.numel()
-        if missing:
-            total = rows.data.numel()
-            raise CheckpointError(f"{self.commit.path} lacks {missing} of {total} values of tensor {rows.name}")
-
-    def _tensor(self, path: str, name: str, saved: TensorPart) -> Tensor:
-        try:
-            data = bytearray(self.storage.read(path, saved.begin, saved.end))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing from a committed checkpoint (tensor {name})") from None
-        if len(data) != saved.end - saved.begin:
-            raise CheckpointError(f"{path} is cut short: tensor {name} ends at byte {saved.end}")
-        if zlib.crc32(data) != saved.crc32:
-            raise CheckpointError(f"{path} is damaged: the CRC-32 of tensor {name} does not match")
-        return torch.frombuffer(data, dtype=DTYPES[saved.dtype]).view(saved.local_shape)
-
-
-def overlap(a: list[int], a_shape: list[int], b: list[int], b_shape: list[int]) -> list[tuple[int, int]] | None:
-    """Where two boxes of the same tensor meet: a range per dimension, or None."""
-    box = [(max(x, y), min(x + n, y + m)) for x, n, y, m in zip(a, a_shape, b, b_shape, strict=True)]
-    return box if all(begin < end for begin, end in box) else None
-
-
-def safetensors_header(rows: list[Rows]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The head of a safetensors file, and where in the file each tensor lies."""
-    entries: dict[str, Any] = {}
-    position = 0
-    for row in rows:
-        end = position + row.data.numel() * row.data.element_size()
-        entries[row.name] = {
-            "dtype": NAMES[row.data.dtype],
-            "shape": list(row.data.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
-    start = 8 + len(text)
-    spans = {
-        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for name, entry in entries.items()
-    }
-    return len(text).to_bytes(8, "little") + text, spans
-
-
-def _pieces(header: bytes, rows: list[Rows], checksums: dict[str, int]) -> Iterator[Buffer]:
-    """The bytes of the file. Tensors on the CPU are not copied; others pass through memory one at a time."""
-    yield header
-    for row in rows:
-        flat = row.data.cpu().contiguous().view(-1).view(torch.uint8)
-        data = flat.numpy().data
-        checksums[row.name] = zlib.crc32(data)
-        yield data
+    def _before(self, commit: Commit) -> Commit | None:
+        """Rank 0 looks for the commit before; all get the same."""
+        data, failure = b"", None
+        if self.world.rank == 0:
+            try:
+                earlier = before(self.storage, commit)
+                data = b"" if earlier is None else earlier.path.encode()
+            except (OSError, CheckpointError) as error:
+                failure = error
+        self.world.raise_together(failure, f"cannot look for an earlier checkpoint in {self.storage.url}")
+        path = self.world.bytes_from_first(data).decode()
+        return Commit.parse(path) if path else None
 
 
 def capture_rng(device: torch.device) -> dict[str, str]:

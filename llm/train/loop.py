@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,18 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.checkpoint.format import Commit
 from llm.data.source import load_text
 from llm.data.streaming import Windows, batches, held_out_batches
 from llm.data.tokenizer import load_tokenizer
 from llm.inference.generate import generate
 from llm.model.init import init_weights
 from llm.model.transformer import Transformer
-from llm.train.checkpoint import Checkpointer, Rows
+from llm.train.checkpoint import Checkpointer, Event
 from llm.train.control import EXIT_STOPPED, Control
 from llm.train.dist import World, shard
 from llm.train.logging import Metrics
-from llm.train.manifest import Commit
 from llm.train.optim import AdamW, clip_coefficient, learning_rate
+from llm.train.schedule import SaveSchedule
 from llm.utils.config import ConfigError, TrainingConfig
 from llm.utils.storage import Storage
 
@@ -60,10 +62,18 @@ class Trainer:
         self.optimizer = AdamW(self.model, train)
         self.step = 0
         self.evaluated = -1  # the last step whose held-out loss is in the metrics
+        self.evaluation_loss: float | None = None
+        self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
+        self.part_failed = False  # this rank could not write its part of the save in flight
+        self.requested = False  # rank 0: somebody asks for a checkpoint now
+        self.save_wanted = False  # so any rank has heard from rank 0
+        checkpointer.attach(self.optimizer.state())
+        checkpointer.check_store()
         if resume is None:
             init_weights(self.model, train.seed, config.model.n_layers)
         else:
-            self.restore(checkpointer.load(resume, self.rows()))
+            resume, state = checkpointer.load_newest(resume)
+            self.restore(state)
         self.saved = resume
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -79,13 +89,15 @@ class Trainer:
             stop = self.train_step(data)
             if not stop and self.due(self.config.eval.every_steps):
                 stop = self.evaluate()
-            if self.step % self.config.checkpoint.every_steps == 0 or self.step == steps:
-                self.save()
+            last = self.step == steps and not stop
+            if last or self.save_wanted or self.schedule.due_by_step(self.step):
+                self.save(wait=last or not self.config.checkpoint.asynchronous)
         if stop:
             return self.leave()
         self.print_samples()
         self.metrics.write("phase", phase="finished", step=self.step)
         self.metrics.close()
+        self.checkpointer.close()
         self.control.heartbeat("finished")
         return 0
 
@@ -106,10 +118,12 @@ class Trainer:
         with torch.no_grad():
             gradients = self.optimizer.gradients()
             squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in gradients]).sum()
-            # The step's one small reduction: the loss, the token count, the norm for clipping, and who wants to stop.
-            mine = torch.tensor([rows.shape[0] * config.seq_len, self.control.stop_requested()], dtype=torch.float64)
+            # The step's one small reduction: the loss, the norm for clipping, and what the others must know.
+            flags = [self.control.stop_requested(), self.schedule.due_by_clock() or self.requested, self.part_failed]
+            mine = torch.tensor([rows.shape[0] * config.seq_len, *flags], dtype=torch.float64)
             total = world.sum(torch.cat((torch.stack((loss_sum.double(), squares)), mine.to(world.device))))
-            loss, squares_sum, tokens, stops = total.tolist()
+            loss, squares_sum, tokens, stops, saves, failures = total.tolist()
+            self.save_wanted = bool(saves)
             loss, norm = loss / tokens, squares_sum**0.5
             if not torch.isfinite(total).all():
                 raise FloatingPointError(
@@ -119,11 +133,16 @@ class Trainer:
             if (coefficient := clip_coefficient(norm, config.grad_clip)) < 1:
                 torch._foreach_mul_(gradients, coefficient)
             lr = learning_rate(self.step + 1, config)
+            self.checkpointer.fence()
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         self.step += 1
         self.control.heartbeat("train", self.step)
         self.report(loss, norm, lr, time.perf_counter() - began)
+        if failures and world.rank == 0:
+            self.checkpointer.abandon("another rank could not write its part: its log says why")
+        self.part_failed = False
+        self.note(self.checkpointer.poll())
         return bool(stops)
 
     def loss_sum(self, rows: Tensor) -> Tensor:
@@ -165,7 +184,7 @@ class Trainer:
                 return True
         self.evaluated = self.step
         if world.rank == 0 and total[1]:
-            value = float(total[0] / total[1])
+            value = self.evaluation_loss = float(total[0] / total[1])
             self.metrics.write("eval", step=self.step, loss=value)
             print(f"step {self.step:>7}  held-out loss {value:.4f}", flush=True)
         return False
@@ -195,28 +214,48 @@ class Trainer:
 
     # --- state -----------------------------------------------------------------------------------------------------
 
-    def rows(self) -> list[Rows]:
-        """This rank's rows of everything that a checkpoint holds."""
-        with torch.no_grad():
-            return [Rows.of(name, data, whole) for name, data, whole in self.optimizer.state()]
-
-    def save(self) -> Commit:
-        """Commit the state after this step, and before it the metrics up to here."""
+    def save(self, wait: bool) -> Commit:
+        """Begin to commit the state after this step, and with it the metrics up to here; ``wait`` until it counts."""
         self.control.heartbeat("save")
-        began = time.perf_counter()
-        if self.world.rank == 0:
-            self.metrics.flush(durable=True)
         state = {
             "step": self.step,
             "data_position": self.step,
             "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
             "evaluated": self.evaluated,
+            "evaluation_loss": self.evaluation_loss,
             "data": self.data_identity(),
             "config_sha256": config_digest(self.config),
         }
-        self.saved = self.checkpointer.save(self.step, self.rows(), state)
-        self.metrics.write("phase", phase="saved", step=self.step, seconds=time.perf_counter() - began)
-        return self.saved
+        commit = self.checkpointer.save(self.step, state, self.metrics.hand_over() if self.world.rank == 0 else None)
+        self.save_wanted = self.requested = False
+        self.schedule.saved(self.checkpointer.blocked_s)
+        self.metrics.write("phase", phase="staged", step=self.step, seconds=self.checkpointer.blocked_s)
+        if wait:
+            self.control.heartbeat("commit")
+            self.note(self.checkpointer.wait())
+        self.saved = commit
+        return commit
+
+    def note(self, events: list[Event]) -> None:
+        """Put into metrics and log what became of saves. One that failed costs nothing but what it would have saved."""
+        for event in events:
+            if event.reason is not None:
+                self.part_failed = True
+                self.metrics.write("phase", phase="save_failed", step=event.commit.step, reason=event.reason)
+                print(f"warning: {event.commit.path} was not saved: {event.reason}", file=sys.stderr, flush=True)
+            elif event.committed:
+                self.metrics.committed()
+                self.metrics.write(
+                    "phase", phase="saved", step=event.commit.step, seconds=event.seconds, bytes=event.bytes
+                )
+                if event.seconds > self.config.checkpoint.save_seconds * 0.8:
+                    print(
+                        f"warning: saving took {event.seconds:.1f} s; a stop request leaves checkpoint.save_seconds="
+                        f"{self.config.checkpoint.save_seconds:g}: raise it",
+                        flush=True,
+                    )
+            if event.warning is not None:
+                print(f"warning: {event.warning}", flush=True)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a commit's state. Raises ConfigError when its data position means nothing in this stream."""
@@ -229,7 +268,7 @@ class Trainer:
             )
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
-        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.step, self.evaluated, self.evaluation_loss = state["step"], state["evaluated"], state["evaluation_loss"]
         self.optimizer.steps = self.step
 
     def data_identity(self) -> dict[str, Any]:
@@ -246,9 +285,15 @@ class Trainer:
 
     def leave(self) -> int:
         """A stop was requested: save unless this very state is saved already, say so, and stop."""
-        commit = self.saved if self.saved is not None and self.saved.step == self.step else self.save()
+        if self.saved is None or self.saved.step != self.step:
+            self.save(wait=True)
+        else:
+            self.note(self.checkpointer.wait())
+        assert self.saved is not None
+        commit = self.saved
         self.metrics.write("phase", phase="stopped", step=self.step)
         self.metrics.close()
+        self.checkpointer.close()
         self.control.heartbeat("stopped")
         self.control.stopped(self.step, commit.path)
         return EXIT_STOPPED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.utils.config import TrainConfig
-from llm.utils.sharding import local
+from llm.utils.sharding import like, local
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -72,12 +72,15 @@ class AdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, this rank's rows, the parameter they belong to) of all that a checkpoint needs, weights included."""
-        for name, parameter in self.parameters.items():
-            yield f"model.{name}", local(parameter), parameter
-            yield f"optim.exp_avg.{name}", self.exp_avg[name], parameter
-            yield f"optim.exp_avg_sq.{name}", self.exp_avg_sq[name], parameter
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs, weights included, by canonical name. What is in it is updated in place."""
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                found[f"model.{name}"] = parameter.detach()
+                found[f"optim.exp_avg.{name}"] = like(self.exp_avg[name], parameter)
+                found[f"optim.exp_avg_sq.{name}"] = like(self.exp_avg_sq[name], parameter)
+        return found
 
     def _groups(self) -> Iterator[tuple[float, list[str]]]:
         """Names with and without weight decay; a parameter of few rows may have none on this rank."""

@@ -92,10 +92,18 @@ class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to save. A stop request and the last step always save."""
+    """When to save, and what to keep. A stop request and the last step always save.
 
-    every_steps: PositiveInt
+    ``every_steps`` and ``every_minutes`` are 0 for never; ``auto`` works the minutes out of what saves cost and how
+    often the run is interrupted. ``keep_best`` names a number in the commits' state: ``evaluation_loss:min``.
+    """
+
+    every_steps: NonNegativeInt
+    every_minutes: NonNegativeFloat | Literal["auto"] = 0.0
+    asynchronous: bool = True
     keep_last: PositiveInt = 3
+    keep_every: NonNegativeInt = 0
+    keep_best: str = ""
     save_seconds: PositiveFloat = 20.0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -15,6 +17,17 @@ def local(tensor: Tensor) -> Tensor:
     """The rows that this rank holds, as a plain tensor that shares memory. Call it without gradient tracking."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def like(data: Tensor, whole: Tensor) -> Tensor:
+    """``data``, the rows that this rank holds, as a tensor that is spread as ``whole``. Shares memory."""
+    mesh = getattr(whole, "device_mesh", None)
+    if mesh is None:
+        return data
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = whole
+    return DTensor.from_local(data, mesh, spread.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def place(tensor: Tensor) -> tuple[int, int]:

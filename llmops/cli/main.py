@@ -19,6 +19,7 @@ VERBS = {
     "logs": "the output of a run's ranks, over all its attempts",
     "resume": "go on with a stopped run from its last committed step",
     "cancel": "end runs for good",
+    "ckpt": "list, check, name and remove checkpoints",
 }
 
 EPILOG = """examples:
@@ -35,12 +36,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is; exit code 2."""
-        if message.startswith("argument VERB: invalid choice"):
-            from difflib import get_close_matches
+        for kind in ("verb", "action"):
+            if message.startswith(f"argument {kind.upper()}: invalid choice"):
+                from difflib import get_close_matches
 
-            wrong = message.split("'")[1]
-            close = get_close_matches(wrong, VERBS, 1)
-            message = f"there is no verb {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
+                wrong = message.split("'")[1]
+                known = next(action.choices for action in self._actions if action.dest == kind)
+                close = get_close_matches(wrong, known or (), 1)
+                message = f"there is no {kind} {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
         self.exit(complain(f"{message}; see `{self.prog} --help`", 2))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from llm.train.manifest import Commit, newest_commit
+from llm.checkpoint.format import Commit
+from llm.checkpoint.lineage import newest_commit, read_manifest, read_part
 from llm.utils.storage import open_storage
 from tests.conftest import free_ports
 
@@ -174,10 +175,12 @@ def trajectory(run: Path, kind: str = "step") -> dict[int, tuple[Any, ...]]:
     return found
 
 
-def fingerprints(run: Path, commit: Commit) -> dict[str, dict[str, int]]:
-    """File -> tensor -> CRC-32 of what a commit holds."""
-    parts = sorted((run / commit.path).glob("rank*.json"))
-    return {
-        part.name: {name: tensor["crc32"] for name, tensor in json.loads(part.read_text())["tensors"].items()}
+def fingerprints(run: Path, commit: Commit) -> list[dict[str, list[tuple[list[int], str]]]]:
+    """What a commit holds: of each rank, tensor -> offset and checksums of its pieces."""
+    storage = open_storage(str(run))
+    manifest = read_manifest(storage, commit)
+    parts = (read_part(storage, commit, manifest, rank) for rank in range(manifest.world_size))
+    return [
+        {name: [(piece.offset, piece.crc32c) for piece in tensor.pieces] for name, tensor in part.tensors.items()}
         for part in parts
-    }
+    ]

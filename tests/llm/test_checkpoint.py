@@ -1,130 +1,169 @@
-"""Checkpoints: what a commit guarantees, whatever dies or rots."""
+"""Saving: what is staged is what is committed, who saves what, and what becomes of a save that fails."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from llm.train.checkpoint import Checkpointer, Rows, overlap
+from llm.checkpoint.format import CheckpointError, Commit
+from llm.checkpoint.lineage import commits, newest_commit, read_manifest, read_part
+from llm.checkpoint.retention import Retention
+from llm.train.checkpoint import Checkpointer
 from llm.train.dist import World
-from llm.train.manifest import CheckpointError, Commit, commits, newest_commit, read_manifest
-from llm.utils.sharding import chunk
-from llm.utils.storage import LocalStorage, Storage, open_storage
-
-SHAPES = {"model.a": (7, 3), "model.b": (5,), "model.scalar": (), "model.half": (4, 2)}
+from llm.train.pieces import DTYPES, local_pieces
+from llm.utils.storage import open_storage
 
 
-def world(rank: int = 0, size: int = 1) -> World:
-    """A rank whose peers are played by the test, one after the other."""
-    return World(rank, size, rank, torch.device("cpu"), grouped=False)
-
-
-def full(seed: int) -> dict[str, torch.Tensor]:
+def state(seed: int) -> dict[str, Tensor]:
+    """A tensor of every type, tied ones, one without values and one without dimensions."""
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    made["model.half"] = made["model.half"].bfloat16()
+    made = {
+        f"model.{name}": torch.randint(0, 120, (7, 3), generator=generator).to(dtype) for name, dtype in DTYPES.items()
+    }
+    made["model.scalar"] = torch.tensor(float(seed))
+    made["model.empty"] = torch.empty(0, 4)
+    made["model.tied"] = made["model.F32"]
+    made["model.strided"] = torch.randn(6, 4, generator=generator).t()
     return made
 
 
-def rows(tensors: dict[str, torch.Tensor], rank: int = 0, size: int = 1) -> list[Rows]:
-    """The rows that ``rank`` of ``size`` holds, split as FSDP2 would."""
-    made = []
-    for name, value in tensors.items():
-        if value.dim() == 0:
-            made.append(Rows(name, value, [], []))
-            continue
-        begin, end = chunk(len(value), rank, size)
-        made.append(Rows(name, value[begin:end].clone(), list(value.shape), [begin, *([0] * (value.dim() - 1))]))
-    return made
+class Single(Checkpointer):
+    """A run of one rank."""
+
+    def __init__(self, url: str, attempt: int = 0, keep: int | None = None, limit_s: float = 60) -> None:
+        world = World(0, 1, 0, torch.device("cpu"), grouped=False)
+        super().__init__(open_storage(url), world, attempt, 0, Retention(keep_last=keep), limit_s)
+
+    def commit(self, step: int) -> Commit:
+        commit = self.save(step, {"step": step})
+        assert [event.committed for event in self.wait()] == [True]
+        return commit
 
 
-def save(storage: Storage, step: int, size: int = 1, attempt: int = 0, chain: list[Commit] | None = None) -> Commit:
-    """What ``size`` ranks do in :meth:`Checkpointer.save`: all but rank 0 first, since rank 0 commits."""
-    commit = Commit(attempt=attempt, generation=0, step=step)
-    for rank in range(1, size):
-        peer = Checkpointer(storage, world(rank, size), attempt, 0, keep_last=3)
-        peer._write_part(commit, [row for row in rows(full(step), rank, size) if row.data.numel()])
-    first = Checkpointer(storage, world(0, size), attempt, 0, keep_last=3)
-    first.chain = chain if chain is not None else []
-    return first.save(step, rows(full(step), 0, size), {"step": step})
+@pytest.fixture
+def single(tmp_path: Path) -> Iterator[Single]:
+    made = Single(str(tmp_path))
+    yield made
+    made.close()
 
 
-def load(storage: Storage, commit: Commit, size: int = 1) -> dict[str, torch.Tensor]:
-    """The full tensors, as ``size`` ranks read them together."""
-    pieces: dict[str, list[torch.Tensor]] = {}
-    for rank in range(size):
-        empty = rows({name: torch.full_like(value, 99) for name, value in full(0).items()}, rank, size)
-        Checkpointer(storage, world(rank, size), 1, 0, keep_last=3).load(commit, empty)
-        for row in empty:
-            pieces.setdefault(row.name, []).append(row.data)
-    return {name: torch.cat(parts) if parts[0].dim() else parts[0] for name, parts in pieces.items()}
+def equal(a: Tensor, b: Tensor) -> bool:
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and a.contiguous().view(-1).tolist() == b.contiguous().view(-1).tolist()
 
 
-@pytest.mark.parametrize("saved", [1, 2, 3, 8])
-@pytest.mark.parametrize("loaded", [1, 2, 5])
-def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, saved: int, loaded: int) -> None:
-    storage = open_storage(str(tmp_path))
-    found = load(storage, save(storage, 7, saved), loaded)
-    for name, value in full(7).items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
+def loaded(url: str, commit: Commit) -> dict[str, Tensor]:
+    found = {name: torch.zeros_like(value) for name, value in state(0).items()}
+    reader = Single(url, attempt=99)
+    try:
+        reader.attach(found)
+        assert reader.load(commit) == {"step": commit.step}
+    finally:
+        reader.close()
+    return found
 
 
-@pytest.mark.parametrize("kind", ["memory_url", "s3_url"])
-def test_object_stores(kind: str, request: pytest.FixtureRequest) -> None:
-    storage = open_storage(request.getfixturevalue(kind))
-    chain: list[Commit] = []
-    for step in (1, 2, 3, 4):
-        save(storage, step, size=2, chain=chain)
-    assert [commit.step for commit in commits(storage)] == [2, 3, 4]
-    found = load(storage, chain[-1], 3)
-    assert all(torch.equal(found[name], value) for name, value in full(4).items())
-    with pytest.raises(FileExistsError):
-        storage.create(f"{chain[-1].path}/manifest.json", b"another")
-    with pytest.raises(FileNotFoundError):
-        storage.read("nothing")
-    assert storage.list("nothing") == []
+@pytest.mark.parametrize("kind", ["tmp_path", "s3_url"])
+def test_every_type_comes_back_bit_by_bit(kind: str, request: pytest.FixtureRequest) -> None:
+    url = str(request.getfixturevalue(kind))
+    writer = Single(url)
+    values = state(3)
+    writer.attach(values)
+    commit = writer.commit(3)
+    writer.close()
+    found = loaded(url, commit)
+    assert all(equal(found[name], value) for name, value in values.items())
 
 
-def test_shards_are_ordinary_safetensors(tmp_path: Path) -> None:
-    commit = save(open_storage(str(tmp_path)), 3)
-    found = safetensors.torch.load_file(tmp_path / commit.path / "rank00000.safetensors")
-    assert found.keys() == full(3).keys()
-    assert all(torch.equal(found[name], value) for name, value in full(3).items())
+def test_a_store_that_only_one_process_sees_is_refused(memory_url: str) -> None:
+    with pytest.raises(CheckpointError, match="memory:// is seen by one process alone"):
+        Single(memory_url)
 
 
-def test_random_generators_continue(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
+def test_files_are_ordinary_safetensors(single: Single, tmp_path: Path) -> None:
+    values = {name: value for name, value in state(3).items() if "F8_E8M0" not in name}
+    single.attach(values)
+    commit = single.commit(3)
+    found = safetensors.torch.load_file(tmp_path / commit.path / "rank00000-000.safetensors")
+    assert found.keys() == {name for name, value in values.items()}
+    assert all(equal(found[name], value) for name, value in values.items())
+
+
+def test_what_changes_after_the_request_is_not_saved(single: Single, tmp_path: Path) -> None:
+    values = {"model.w": torch.full((1 << 20,), 1.0)}
+    single.attach(values)
+    for step in range(1, 6):
+        values["model.w"].fill_(step)
+        single.fence()
+        single.save(step, {})
+        values["model.w"].fill_(-1)
+    assert [event.commit.step for event in single.wait() if event.committed] == [1, 2, 3, 4, 5]
+    for commit in commits(single.storage):
+        found = {"model.w": torch.zeros(1 << 20)}
+        reader = Single(str(tmp_path), attempt=9)
+        reader.attach(found)
+        reader.load(commit)
+        reader.close()
+        assert (found["model.w"] == commit.step).all()
+    assert len(commits(single.storage)) == 5
+
+
+def test_big_tensors_are_cut_into_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.checkpoint.LOCAL_FILE", 1000)
+    writer = Single(str(tmp_path))
+    values = {"model.rows": torch.randn(100, 7), "model.row": torch.randn(3, 900), "model.small": torch.randn(3)}
+    writer.attach(values)
+    commit = writer.commit(1)
+    writer.close()
+    part = read_part(writer.storage, commit, read_manifest(writer.storage, commit), 0)
+    assert len(part.files) > 10
+    assert max(file.bytes - file.header for file in part.files) <= 1000
+    for file in part.files:
+        assert safetensors.torch.load_file(tmp_path / commit.path / file.name)
+    found = {name: torch.zeros_like(value) for name, value in values.items()}
+    reader = Single(str(tmp_path), attempt=1)
+    reader.attach(found)
+    reader.load(commit)
+    reader.close()
+    assert all(equal(found[name], value) for name, value in values.items())
+
+
+def test_random_generators_continue(single: Single, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    commit = save(storage, 1)
+    single.attach(state(0))
+    commit = single.commit(1)
     expected = torch.rand(4)
     torch.manual_seed(6)
-    load(storage, commit)
+    loaded(str(tmp_path), Commit(attempt=0, generation=0, step=1))
     assert torch.equal(torch.rand(4), expected)
+    assert commit.step == 1
 
 
-def test_a_commit_is_never_overwritten(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
-    commit = save(storage, 1)
-    before = (tmp_path / commit.path / "manifest.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"cannot save checkpoints/step_00000001/0000-0000"):
-        save(storage, 1)
-    assert (tmp_path / commit.path / "manifest.json").read_bytes() == before
+def test_a_step_that_is_saved_again_is_a_new_generation(single: Single) -> None:
+    single.attach(state(0))
+    made = [single.commit(step) for step in (10, 20, 10, 20, 30)]
+    assert [(commit.generation, commit.step) for commit in made] == [(0, 10), (0, 20), (1, 10), (1, 20), (1, 30)]
+    assert newest_commit(single.storage) == made[-1]
+    assert read_manifest(single.storage, made[2]).parent == made[1].path
 
 
 def test_newest_attempt_wins_over_the_highest_step(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     assert newest_commit(storage) is None
     for attempt, step in ((0, 10), (0, 20), (1, 15), (0, 30)):
-        save(storage, step, attempt=attempt)
+        writer = Single(str(tmp_path), attempt)
+        writer.attach({"w": torch.zeros(2)})
+        writer.commit(step)
+        writer.close()
     assert newest_commit(storage) == Commit(attempt=1, generation=0, step=15)
     assert Commit.parse("checkpoints/step_00000015/0001-0000") == newest_commit(storage)
     with pytest.raises(CheckpointError, match="does not name a checkpoint"):
@@ -132,150 +171,125 @@ def test_newest_attempt_wins_over_the_highest_step(tmp_path: Path) -> None:
 
 
 def test_retention_follows_the_chain_across_attempts(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
-    chain: list[Commit] = []
+    writer = Single(str(tmp_path))
+    writer.attach(state(0))
     for step in (1, 2, 3):
-        save(storage, step, chain=chain)
-    save(storage, 9)  # a straggler of attempt 0, past the fork
-    after = Checkpointer(storage, world(), 1, 0, keep_last=2)
-    after.load(Commit(attempt=0, generation=0, step=3), [])
-    assert after.chain == chain
-    after.save(4, rows(full(4)), {})
-    assert [(commit.attempt, commit.step) for commit in commits(storage)] == [(0, 3), (0, 9), (1, 4)]
-    assert read_manifest(storage, after.chain[-1]).parent == "checkpoints/step_00000003/0000-0000"
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
-        "step_00000003",
-        "step_00000004",
-        "step_00000009",
+        writer.commit(step)
+    writer.commit(9)  # a straggler of attempt 0, past the fork
+    writer.close()
+    after = Single(str(tmp_path), attempt=1, keep=2)
+    after.attach(state(0))
+    after.load(Commit(attempt=0, generation=0, step=3))
+    assert [commit.step for commit in after.chain] == [1, 2, 3]
+    after.commit(4)
+    after.close()
+    assert [(commit.attempt, commit.step) for commit in commits(after.storage)] == [(0, 3), (0, 9), (1, 4)]
+    assert [commit.step for commit in after.chain] == [3, 4]
+    assert read_manifest(after.storage, after.chain[-1]).parent == "checkpoints/step_00000003/0000-0000"
+
+
+def test_files_before_the_commit_are_there_with_it(single: Single, tmp_path: Path) -> None:
+    single.attach(state(0))
+    single.save(1, {}, {"metrics/0000/000000.jsonl": b"{}\n"})
+    single.wait()
+    assert (tmp_path / "metrics/0000/000000.jsonl").read_bytes() == b"{}\n"
+
+
+def test_a_save_that_fails_is_an_event_and_the_next_one_works(single: Single, tmp_path: Path) -> None:
+    single.attach(state(0))
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("in the way")
+    single.save(1, {})
+    with pytest.raises(CheckpointError, match=r"cannot save checkpoints/step_00000001/0000-0000 in .*Not a directory"):
+        single.wait()
+    single.save(2, {})
+    single.save(3, {})  # waits for the one before, and goes on
+    events = single.poll()
+    assert [(event.commit.step, event.committed) for event in events] == [(2, False)]
+    assert "Not a directory" in (events[0].reason or "")
+    with pytest.raises(CheckpointError):
+        single.wait()
+    blocked.unlink()
+    single.commit(4)
+
+
+def test_a_writer_that_dies_is_reported_and_replaced(single: Single) -> None:
+    single.attach(state(0))
+    single.commit(1)
+    assert single.saver.writer_pid is not None
+    os.kill(single.saver.writer_pid, signal.SIGKILL)
+    single.save(2, {})
+    with pytest.raises(CheckpointError, match="writer process of this rank has ended with code -9"):
+        single.wait()
+    single.commit(3)
+    assert [commit.step for commit in commits(single.storage)] == [1, 3]
+
+
+def test_another_rank_that_never_delivers_is_named(tmp_path: Path) -> None:
+    alone = World(0, 3, 0, torch.device("cpu"), grouped=False)
+    first = Checkpointer(open_storage(str(tmp_path)), alone, 0, 0, Retention(), limit_s=0.5)
+    first.attach({"w": torch.zeros(3)})
+    first.save(1, {})
+    with pytest.raises(CheckpointError, match="no part of rank 1, 2 after 0 s"):
+        first.wait()
+    first.limit_s = 60
+    first.save(2, {})
+    while not first.saver.poll(wait_s=10):  # its own part is written
+        pass
+    first.abandon("another rank could not write its part")
+    with pytest.raises(CheckpointError, match="another rank could not write its part"):
+        first.wait()
+    first.close()
+    assert commits(first.storage) == []
+
+
+def test_the_manifest_says_what_it_is(single: Single, tmp_path: Path) -> None:
+    single.attach(state(0))
+    commit = single.commit(1)
+    text = json.loads((tmp_path / commit.path / "manifest.json").read_text())
+    assert {key: text[key] for key in ("format", "step", "attempt", "generation", "world_size", "mesh", "parent")} == {
+        "format": 2, "step": 1, "attempt": 0, "generation": 0, "world_size": 1, "mesh": {"ranks": 1}, "parent": None,
+    }  # fmt: skip
+    assert text["state"] == {"step": 1}
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+class Doubled(Tensor):
+    """A tensor subclass as quantised optimizer states are: two plain tensors inside."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(str(function))
+
+
+def test_names_are_canonical_and_subclasses_fall_into_their_parts() -> None:
+    codes, scale = torch.zeros(4, dtype=torch.uint8), torch.ones(1)
+    pieces = local_pieces(
+        {
+            "model._orig_mod.layers.0._checkpoint_wrapped_module.w": torch.zeros(2, 3),
+            "optim.exp_avg.w": Doubled(codes, scale),
+        }
+    )
+    assert [(piece.name, piece.shape) for piece in pieces] == [
+        ("model.layers.0.w", [2, 3]),
+        ("optim.exp_avg.w:codes", [4]),
+        ("optim.exp_avg.w:scale", [1]),
     ]
-
-
-class Mortal(LocalStorage):
-    """Kills its process, as kill -9 does, when its ``life``-th change or piece of data is due."""
-
-    life = 10**9
-
-    def _spend(self) -> None:
-        self.life -= 1
-        if self.life == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def write(self, path: str, pieces: Any) -> None:
-        def counted() -> Any:
-            for piece in pieces:
-                self._spend()
-                yield piece
-            self._spend()
-
-        super().write(path, counted())
-        self._spend()
-
-    def create(self, path: str, data: bytes) -> None:
-        self._spend()
-        super().create(path, data)
-        self._spend()
-
-    def remove(self, path: str) -> None:
-        self._spend()
-        super().remove(path)
-        self._spend()
-
-    def remove_folder(self, path: str, only_empty: bool = False) -> None:
-        super().remove_folder(path, only_empty)
-        self._spend()
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run ``work`` in a forked process; returns its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
-def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
-    survived_at = 0
-    for life in range(1, 100):
-        root = tmp_path / str(life)
-        storage = Mortal(root)
-        chain: list[Commit] = []
-        for step in (1, 2, 3):
-            save(storage, step, chain=chain)
-        storage.life = life
-        status = in_child(lambda storage=storage, chain=chain: save(storage, 4, chain=chain))
-        newest = newest_commit(LocalStorage(root))
-        assert newest is not None
-        assert newest.step in (3, 4)
-        found = load(LocalStorage(root), newest)
-        assert all(torch.equal(found[name], value) for name, value in full(newest.step).items())
-        for commit in commits(LocalStorage(root)):
-            load(LocalStorage(root), commit)
-        if status == 0:
-            survived_at = life
-            break
-        assert status == signal.SIGKILL
-    assert survived_at > 10
-
-
-def damage(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-def test_a_flipped_bit_is_found_with_its_file_and_tensor(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
-    commit = save(storage, 3, size=2)
-    folder = tmp_path / commit.path
-    part = json.loads((folder / "rank00001.json").read_text())
-    place = part["tensors"]["model.a"]
-    damage(folder / "rank00001.safetensors", (place["begin"] + place["end"]) // 2)
-    with pytest.raises(CheckpointError, match=r"rank00001\.safetensors is damaged: .* tensor model\.a"):
-        load(storage, commit)
-
-
-def test_other_damage_is_named(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
-    commits_made = {name: save(storage, step, size=2) for step, name in enumerate("abcdefg", start=1)}
-    folders = {name: tmp_path / commit.path for name, commit in commits_made.items()}
-    damage(folders["a"] / "rank00001.json", 60)
-    (folders["b"] / "rank00001.json").unlink()
-    (folders["c"] / "rank00001.safetensors").unlink()
-    with (folders["d"] / "rank00001.safetensors").open("r+b") as stream:
-        stream.truncate(stream.seek(0, os.SEEK_END) - 1)
-    text = (folders["e"] / "manifest.json").read_text()
-    (folders["e"] / "manifest.json").write_text(text.replace('"step":5', '"step":6'))
-    (folders["f"] / "manifest.json").unlink()
-    (folders["g"] / "manifest.json").write_bytes(b'{"format":')
-    expected = {
-        "a": r"rank00001\.json is damaged",
-        "b": r"rank00001\.json is missing",
-        "c": r"rank00001\.safetensors is missing .*tensor model\.a",
-        "d": r"rank00001\.safetensors is cut short: tensor model\.half",
-        "e": r"manifest\.json is damaged",
-        "f": "never committed",
-        "g": r"manifest\.json is damaged",
-    }
-    for name, pattern in expected.items():
-        with pytest.raises(CheckpointError, match=pattern):
-            load(storage, commits_made[name])
-
-
-def test_another_model_is_refused_by_tensor(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
-    commit = save(storage, 1)
-    checkpointer = Checkpointer(storage, world(), 1, 0, keep_last=3)
-    with pytest.raises(CheckpointError, match=r"tensor model\.a is \[7, 3\], the model wants \[7, 4\]"):
-        checkpointer.load(commit, [Rows("model.a", torch.zeros(7, 4), [7, 4], [0, 0])])
-    with pytest.raises(CheckpointError, match=r"lacks 2 of 2 values of tensor model\.new"):
-        checkpointer.load(commit, [Rows("model.new", torch.zeros(2), [2], [0])])
-
-
-def test_boxes() -> None:
-    assert overlap([0, 0], [4, 4], [2, 1], [4, 2]) == [(2, 4), (1, 3)]
-    assert overlap([0], [2], [2], [2]) is None
-    assert overlap([], [], [], []) == []
-    assert [chunk(5, rank, 4) for rank in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
+    assert pieces[1].data.data_ptr() == codes.data_ptr()
+    with pytest.raises(ValueError, match="two tensors of the state are called w"):
+        local_pieces({"w": torch.zeros(1), "_orig_mod.w": torch.zeros(1)})
+    with pytest.raises(TypeError, match="complex128"):
+        local_pieces({"w": torch.zeros(1, dtype=torch.complex128)})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.train.manifest import Commit, commits, newest_commit
+from llm.checkpoint.format import Commit
+from llm.checkpoint.lineage import commits, newest_commit
 from llm.utils.storage import open_storage
 from tests.llm.harness import Attempt, fingerprints, lines, start, tiny, trajectory
 
@@ -100,17 +101,41 @@ def test_stop_before_the_first_step_keeps_the_commit(undisturbed: Path, tmp_path
     assert [commit.attempt for commit in commits(open_storage(str(run)))] == [0, 0, 0]
 
 
-def test_damage_that_one_rank_finds_is_named_by_all(undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
-    shard = run / "checkpoints" / "step_00000060" / "0000-0000" / "rank00001.safetensors"
+def flip_a_bit(run: Path, step: int, rank: int) -> None:
+    shard = run / f"checkpoints/step_{step:08d}/0000-0000/rank{rank:05d}-000.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 4
     shard.write_bytes(data)
+
+
+def test_damage_that_one_rank_finds_sends_all_to_the_commit_before(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    flip_a_bit(run, 60, rank=1)
+    attempt = start(run, tiny(), ranks=2, attempt=1)
+    outputs = [rank.communicate(timeout=90)[0] for rank in attempt.ranks]
+    assert [rank.returncode for rank in attempt.ranks] == [0, 0]
+    warning = next(line for line in outputs[0].splitlines() if "warning" in line)
+    assert "rank 1: checkpoints/step_00000060/0000-0000/rank00001-000.safetensors" in warning
+    assert "going back to checkpoints/step_00000050/0000-0000" in warning
+    newest = newest_commit(open_storage(str(run)))
+    assert newest is not None
+    assert (newest.attempt, newest.step) == (1, 60)
+    first, again = (newest_commit(open_storage(str(where))) for where in (undisturbed, run))
+    assert first is not None
+    assert again is not None
+    assert fingerprints(undisturbed, first) == fingerprints(run, again)
+
+
+def test_damage_everywhere_is_named_by_all(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    for step in (25, 50, 60):
+        flip_a_bit(run, step, rank=1)
     attempt = start(run, tiny(), ranks=2, attempt=1)
     outputs = [rank.communicate(timeout=90)[0] for rank in attempt.ranks]
     assert [rank.returncode for rank in attempt.ranks] == [1, 1]
     for output in outputs:
-        assert "rank 1: checkpoints/step_00000060/0000-0000/rank00001.safetensors is damaged" in output
-        assert "CRC-32 of tensor optim.exp_avg_sq.norm.weight" in output
+        assert "rank 1: checkpoints/step_00000025/0000-0000/rank00001-000.safetensors" in output
+        assert "there is no earlier checkpoint" in output
         assert "Traceback" not in output

@@ -1,0 +1,146 @@
+"""Where in which file each piece of a rank's state goes: safetensors files of bounded size, before any copy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from llm.checkpoint.format import ITEMSIZE, file_name
+
+ALIGN = 64  # headers are padded to this, so that every tensor of a file is aligned for its type
+PAGE = 4096  # files start on a page of the staging buffer: direct I/O wants that
+
+
+class Box(msgspec.Struct, frozen=True, kw_only=True):
+    """A box of a tensor that this rank will save."""
+
+    name: str
+    dtype: str  # as safetensors names it
+    shape: list[int]  # of the whole tensor
+    offset: list[int]  # of the box
+    local_shape: list[int]
+    placement: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the box."""
+        return math.prod(self.local_shape) * ITEMSIZE[self.dtype]
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of box number ``box`` in a file: ``shape`` values at ``within`` of the box, from byte ``begin`` on."""
+
+    box: int
+    within: list[int]
+    shape: list[int]
+    begin: int
+
+
+class FileImage(msgspec.Struct, frozen=True, kw_only=True):
+    """A data file as it lies in the staging buffer, ``size`` bytes from ``position`` on. ``header`` comes first."""
+
+    name: str
+    position: int
+    size: int
+    header: bytes
+    slots: list[Slot]
+
+
+def lay_out(boxes: Sequence[Box], rank: int, file_bytes: int) -> list[FileImage]:
+    """The files of ``rank``, none with more than ``file_bytes`` of data unless a single value is bigger.
+
+    Boxes are sorted by the size of their type, which keeps all of them aligned without gaps.
+    """
+    files: list[FileImage] = []
+    position = 0
+    for slots in _batches(boxes, file_bytes):
+        image = _image(boxes, slots, file_name(rank, len(files)), position)
+        files.append(image)
+        position += -(-image.size // PAGE) * PAGE
+    return files
+
+
+def staging_bytes(files: Sequence[FileImage]) -> int:
+    """Bytes of the buffer that holds ``files``."""
+    return max((file.position + -(-file.size // PAGE) * PAGE for file in files), default=0)
+
+
+def split(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut a row-major box into (offset, shape) of contiguous boxes of at most ``limit`` bytes."""
+    size = math.prod(shape) * itemsize
+    if size <= limit or not shape:
+        yield [0] * len(shape), list(shape)
+        return
+    row = size // shape[0]
+    if row <= limit:
+        count = limit // row
+        for start in range(0, shape[0], count):
+            yield [start, *[0] * (len(shape) - 1)], [min(count, shape[0] - start), *shape[1:]]
+        return
+    for index in range(shape[0]):
+        for offset, inner in split(shape[1:], itemsize, limit):
+            yield [index, *offset], [1, *inner]
+
+
+def _batches(boxes: Sequence[Box], file_bytes: int) -> Iterator[list[Slot]]:
+    """Slots of one file after the other; ``begin`` counts from the first byte of data."""
+    batch: list[Slot] = []
+    filled = 0
+    for index in sorted(range(len(boxes)), key=lambda each: -ITEMSIZE[boxes[each].dtype]):
+        itemsize = ITEMSIZE[boxes[index].dtype]
+        for within, shape in split(boxes[index].local_shape, itemsize, file_bytes):
+            size = math.prod(shape) * itemsize
+            if batch and filled + size > file_bytes:
+                yield batch
+                batch, filled = [], 0
+            batch.append(Slot(box=index, within=within, shape=shape, begin=filled))
+            filled += size
+    if batch:
+        yield batch
+
+
+def _image(boxes: Sequence[Box], slots: Sequence[Slot], name: str, position: int) -> FileImage:
+    entries: dict[str, Any] = {}
+    seen: set[str] = set()
+    for slot in slots:
+        box = boxes[slot.box]
+        key = box.name
+        if key in seen:  # a second piece of the same tensor
+            start = (a + b for a, b in zip(box.offset, slot.within, strict=True))
+            key = f"{key}@{','.join(map(str, start))}"
+        seen.add(key)
+        end = slot.begin + math.prod(slot.shape) * ITEMSIZE[box.dtype]
+        entries[key] = {"dtype": box.dtype, "shape": slot.shape, "data_offsets": [slot.begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    data = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    moved = [msgspec.structs.replace(slot, begin=slot.begin + len(header)) for slot in slots]
+    return FileImage(name=name, position=position, size=len(header) + data, header=header, slots=moved)
+
+
+def owners(holders: Iterable[tuple[int, Iterable[Box]]]) -> dict[int, set[int]]:
+    """Who saves what, when several ranks hold the same box: rank -> indices of the boxes that it saves.
+
+    ``holders`` are (rank, its boxes) of every rank. A box goes to the least loaded of those that hold it, the biggest
+    first: the same on whichever rank this is worked out.
+    """
+    where: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    sizes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
+    for rank, boxes in holders:
+        for index, box in enumerate(boxes):
+            key = (box.name, tuple(box.offset), tuple(box.local_shape))
+            where.setdefault(key, []).append((rank, index))
+            sizes[key] = box.bytes
+    load: dict[int, int] = {}
+    mine: dict[int, set[int]] = {}
+    # What only one rank holds is settled first: it is the load that the rest is spread over.
+    for key in sorted(where, key=lambda each: (len(where[each]) > 1, -sizes[each], each)):
+        rank, index = min(where[key], key=lambda each: (load.get(each[0], 0), each))
+        load[rank] = load.get(rank, 0) + sizes[key]
+        mine.setdefault(rank, set()).add(index)
+    return mine

@@ -1,0 +1,296 @@
+"""Loading a checkpoint of any number of ranks and any layout into the tensors of this job, all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llm.checkpoint.boxes import Box, Dims
+from llm.checkpoint.format import CheckpointError, Commit, Manifest, PartManifest
+from llm.checkpoint.lineage import read_part
+from llm.checkpoint.plan import Read, Round, Want, alone, check, incoming, outgoing, plan
+from llm.checkpoint.reader import is_remote, read_span
+from llm.train.dist import World
+from llm.train.pieces import NAMES, LocalPiece
+from llm.utils.storage import Storage
+
+T = TypeVar("T")
+Bytes = NDArray[np.uint8]
+
+LOCAL_THREADS = 4  # a file system gains nothing from more
+
+
+def load(
+    storage: Storage,
+    commit: Commit,
+    manifest: Manifest,
+    targets: Sequence[LocalPiece],
+    world: World,
+    connections: int = 8,
+    strict: bool = True,
+    prefixes: Sequence[str] = ("",),
+) -> dict[str, str] | None:
+    """Fill ``targets`` in place from ``commit``. All ranks call it together, each with its own targets.
+
+    ``strict``: every tensor of the checkpoint whose name begins with one of ``prefixes`` must be a target of some rank.
+    Returns the states of the random generators that this rank saved, or None when the number of ranks was another.
+
+    Every block is checked before a value of it is copied. Raises the same on every rank: CheckpointError before any
+    data is read when tensors are missing, unexpected, or of another shape or type; DamagedError when any rank has
+    proof of damage; CheckpointError with the reason when the store does not give the data. After an error the targets
+    hold anything.
+
+    Memory on top of the targets: ``connections`` reads of 8 MiB (from a store twice, as the libraries hold the answer
+    too), three rounds of 32 MiB where ranks exchange, and the part manifests, about 1 kB per piece of a tensor.
+    """
+    complaint = f"cannot load {commit.path} from {storage.url}"
+    threads = connections if is_remote(storage) else min(connections, LOCAL_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
+        ranks = _share(manifest.world_size, world)
+        parts = together(world, complaint, lambda: _read_parts(storage, commit, manifest, ranks, pool))
+        with _collector_paused():
+            own, rounds = _agree(commit, parts, targets, world, prefixes if strict else (), is_remote(storage))
+        filler = _Filler(storage, targets, world, pool)
+        together(world, complaint, lambda: filler.fill(own, rounds))
+    rng = {part.rank: part.rng for part in parts}
+    return rng[world.rank] if manifest.world_size == world.size else None
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A plan is many small objects, none of them in a cycle: looking for cycles would take longer than the plan."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def together(world: World, complaint: str, work: Callable[[], T]) -> T:
+    """Do ``work`` and wait for all ranks; raise the same error everywhere when it failed on any of them."""
+    failure: OSError | CheckpointError | None = None
+    result: list[T] = []
+    try:
+        result.append(work())
+    except (OSError, CheckpointError) as error:
+        failure = error
+    world.raise_together(failure, complaint)
+    return result[0]
+
+
+# --- what there is, and what is wanted -------------------------------------------------------------------------------
+
+
+class _Asked(msgspec.Struct, array_like=True):
+    """What a rank's own share of the parts does not give it, and the tensors there that it has no use for."""
+
+    wants: list[Want]
+    foreign: list[str]
+
+
+class _Told(msgspec.Struct, array_like=True):
+    """What a rank knows of the tensors that any rank asked about."""
+
+    parts: list[PartManifest]
+    wants: list[tuple[int, Want]]  # all its targets among them, by number
+    known: list[str]  # foreign names that are targets here
+
+
+def _share(saved: int, world: World) -> range:
+    """The ranks of the checkpoint whose part manifests this rank reads: neighbours, which may be all that it needs."""
+    if not world.grouped:
+        return range(saved)
+    return range(world.rank * saved // world.size, (world.rank + 1) * saved // world.size)
+
+
+def _read_parts(
+    storage: Storage, commit: Commit, manifest: Manifest, ranks: range, pool: ThreadPoolExecutor
+) -> list[PartManifest]:
+    return list(pool.map(lambda rank: read_part(storage, commit, manifest, rank), ranks))
+
+
+def _agree(
+    commit: Commit,
+    parts: list[PartManifest],
+    targets: Sequence[LocalPiece],
+    world: World,
+    prefixes: Sequence[str],
+    remote: bool,
+) -> tuple[list[Read], list[Round]]:
+    """The plan of this rank, after all ranks have told each other what does not go without help."""
+    wants = [
+        Want(piece.name, NAMES[piece.data.dtype], piece.shape, piece.offset, list(piece.data.shape))
+        for piece in targets
+    ]
+    size, rank = (world.size, world.rank) if world.grouped else (1, 0)
+    mine = {want.name for want in wants}
+    theirs = {name for part in parts for name in part.tensors if name.startswith(tuple(prefixes))}
+    simple = alone(parts, wants) if size > 1 else set()
+    asked = _Asked([want for want in wants if want.name not in simple], sorted(theirs - mine))
+    everyone = _gather(world, asked)
+    names = {want.name for each in everyone for want in each.wants}
+    foreign = {name for each in everyone for name in each.foreign} - names
+
+    told = _gather(
+        world,
+        _Told(
+            [_only(part, names) for part in parts],
+            [(number, want) for number, want in enumerate(wants) if want.name in names],
+            sorted(foreign & mine),
+        ),
+    )
+    everything = [part for each in told for part in each.parts]
+    shared = {other: each.wants for other, each in enumerate(told)}
+    unexpected = foreign - {name for each in told for name in each.known}
+    check(commit, everything, shared, unexpected)
+    own, rounds = plan(commit, everything, shared, rank, size, remote)
+    rest = [(number, want) for number, want in enumerate(wants) if want.name not in names]
+    if rest:
+        own += plan(commit, parts, {rank: rest}, rank, 1, remote)[0]
+    return own, rounds
+
+
+def _only(part: PartManifest, names: set[str]) -> PartManifest:
+    kept = {name: tensor for name, tensor in part.tensors.items() if name in names}
+    return msgspec.structs.replace(part, tensors=kept, rng={})
+
+
+S = TypeVar("S", _Asked, _Told)
+
+
+def _gather(world: World, message: S) -> list[S]:
+    if not world.grouped:
+        return [message]
+    received = world.all_gather_bytes(msgspec.json.encode(message))
+    return [msgspec.json.decode(data, type=type(message)) for data in received]
+
+
+# --- the bytes -------------------------------------------------------------------------------------------------------
+
+
+class _Filler:
+    """Reads in threads, copies what is for this rank, and passes on what is for others."""
+
+    def __init__(self, storage: Storage, targets: Sequence[LocalPiece], world: World, pool: ThreadPoolExecutor) -> None:
+        self.storage, self.world, self.pool = storage, world, pool
+        self.rank, self.size = (world.rank, world.size) if world.grouped else (0, 1)
+        self.targets = [_Target(piece.data) for piece in targets]
+        self.failure: OSError | CheckpointError | None = None
+        self.stopped = False
+        self.lock = threading.Lock()
+        self.local = threading.local()
+
+    def fill(self, own: list[Read], rounds: list[Round]) -> None:
+        """Read everything of the plan. Raises this rank's error; another rank's ends it early, without one."""
+        prepared = [self._prepare(turn) for turn in rounds[:1]]
+        rest = [self.pool.submit(self._read, read, None, ()) for read in own]
+        for number, turn in enumerate(rounds):
+            if number + 1 < len(rounds):  # the next is read while this one is exchanged
+                prepared.append(self._prepare(rounds[number + 1]))
+            reads, message, sizes = prepared.pop(0)
+            _wait(reads)
+            if self.world.any(self.failure is not None):
+                self.stopped = True
+                break
+            self._exchange(turn, message, sizes)
+        _wait(rest)
+        if self.failure is not None:
+            raise self.failure
+
+    def _prepare(self, turn: Round) -> tuple[list[Future[None]], Bytes, list[int]]:
+        reads = turn.get(self.rank, [])
+        sizes, places = outgoing(reads, self.rank, self.size)
+        message = np.empty(sum(sizes), np.uint8)
+        pairs = zip(reads, places, strict=True)
+        return [self.pool.submit(self._read, read, message, row) for read, row in pairs], message, sizes
+
+    def _exchange(self, turn: Round, message: Bytes, sizes: list[int]) -> None:
+        expected, copies = incoming(turn, self.rank, self.size)
+        if not any(copy.rank != rank for rank, reads in turn.items() for read in reads for copy in read.copies):
+            return
+        data = self.world.exchange(torch.from_numpy(message), sizes, expected).numpy()
+        for at, copy in copies:
+            shape = copy.inside.shape
+            source = data[at : at + copy.inside.size].reshape(shape)
+            self.targets[copy.target].put(Box(copy.offset, shape), source)
+
+    def _read(self, read: Read, message: Bytes | None, places: Sequence[int]) -> None:
+        """Runs in a thread. After a failure there is nothing left to do: no round ends without a look at it."""
+        if self.stopped:
+            return
+        data = self._buffer(read.span.end - read.span.begin)
+        try:
+            read_span(self.storage, read.span, data.data)
+        except (OSError, CheckpointError) as error:
+            with self.lock:  # damage outranks what could not be read
+                if self.failure is None or isinstance(error, CheckpointError):
+                    self.failure = error
+            self.stopped = True
+            return
+        for number, copy in enumerate(read.copies):
+            shape = copy.inside.shape
+            slab = _view(data, copy.at, copy.slab)
+            source = slab if shape == copy.slab else slab[_slices(copy.inside)]
+            if message is None or places[number] < 0:
+                self.targets[copy.target].put(Box(copy.offset, shape), source)
+            else:
+                _view(message, places[number], shape)[...] = source
+
+    def _buffer(self, size: int) -> Bytes:
+        """Memory of this thread, used again: it stays in the core's cache."""
+        buffer: Bytes | None = getattr(self.local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self.local.buffer = np.empty(size, np.uint8)
+        return buffer[:size]
+
+
+class _Target:
+    """A tensor as an array of bytes, along its last dimension; one of no dimensions is an array of one value."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+        if not tensor.dim():
+            self.tensor = self.tensor.reshape(1)
+        self.itemsize = tensor.element_size()
+        self.flat = self.tensor.stride(-1) == 1 or not tensor.numel()
+        self.bytes = self.tensor.view(torch.uint8) if self.flat else None
+        self.array = self.bytes.numpy() if self.bytes is not None and tensor.device.type == "cpu" else None
+
+    def put(self, where: Box, source: Bytes) -> None:
+        """Copy ``source`` to ``where``."""
+        if self.array is not None:
+            self.array[_slices(where)] = source
+        elif self.bytes is not None:
+            self.bytes[_slices(where)].copy_(torch.from_numpy(np.ascontiguousarray(source)))
+        else:  # the values of a row do not lie side by side
+            *outer, last = _slices(where)
+            values = torch.from_numpy(np.array(source)).view(self.tensor.dtype)
+            columns = slice(last.start // self.itemsize, last.stop // self.itemsize)
+            self.tensor[(*outer, columns)].copy_(values)
+
+
+def _wait(reads: list[Future[None]]) -> None:
+    for read in reads:
+        read.result()  # the store bounds every read
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+
+
+def _view(data: Bytes, at: int, shape: Dims) -> Bytes:
+    size = 1
+    for n in shape:
+        size *= n
+    return data[at : at + size].reshape(shape)
