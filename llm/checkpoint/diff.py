@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def tensors(commit: Commit, parts: Iterable[PartManifest]) -> dict[str, Whole]:
             for piece in tensor.pieces:
                 path = f"{commit.path}/{part.files[piece.file].name}"
                 whole.boxes.append(Box(piece.offset, piece.shape, path, piece.begin, piece.block, piece.crc32c))
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda each: _natural(each[0])))
 
 
 def state_differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -108,6 +109,11 @@ def same_values(a: Storage, one: Whole, b: Storage, two: Whole) -> bool:
                 if _read(a, left, offset, shape, itemsize) != _read(b, right, offset, shape, itemsize):
                     return False
     return True
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"([0-9]{1,18})", name)]
 
 
 def _describe(tensor: Whole) -> str:

@@ -73,5 +73,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     reason: str
 
 
+class Wanted(msgspec.Struct, frozen=True, kw_only=True, tag="wanted"):
+    """Somebody has asked for a checkpoint now."""
+
+
 Request = Layout | Save | Abandon
-Reply = Written | Committed | Failed
+Reply = Written | Committed | Failed | Wanted

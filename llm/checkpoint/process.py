@@ -46,6 +46,11 @@ class WriterProcess:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Is it still there?"""
+        return self._process.poll() is None
+
     def send(self, request: Request) -> None:
         """Raises CheckpointError when the writer is gone."""
         try:

@@ -49,13 +49,16 @@ from llm.checkpoint.format import (  # noqa: E402
     seal,
 )
 from llm.checkpoint.image import FileImage  # noqa: E402
-from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Request, Save, Written  # noqa: E402
+from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Request, Save, Wanted, Written  # noqa: E402
+from llm.checkpoint.requests import take  # noqa: E402
 from llm.utils.storage import Storage, open_storage  # noqa: E402
 
+LOOK_S = 5.0  # between looks for somebody who asks for a checkpoint
 NICE = 5  # training comes first
 POLL_S, POLL_MAX_S = 0.005, 1.0  # between looks for the other ranks' parts
 CONNECTIONS = 8  # files of an object store that are sent at the same time
 DISK_FILES = 2  # written at the same time
+_speaking = threading.Lock()
 REQUESTS = msgspec.json.Decoder(Request)
 
 
@@ -70,10 +73,13 @@ class Writer:
         self.buffer = memoryview(b"")
         self.pool = ThreadPoolExecutor(CONNECTIONS if self.remote else DISK_FILES)
         self.sums = ThreadPoolExecutor(1)
+        self.ended = threading.Event()  # the rank has closed the pipe
 
     def run(self) -> None:
         """Serve requests, one save at a time."""
         threading.Thread(target=self._listen, daemon=True).start()
+        if self.rank == 0:
+            threading.Thread(target=self._watch_requests, daemon=True).start()
         while (request := self.requests.get()) is not None:
             if isinstance(request, Layout):
                 self.layout = request
@@ -85,6 +91,15 @@ class Writer:
         for line in sys.stdin.buffer:
             self.requests.put(REQUESTS.decode(line))
         self.requests.put(None)
+        self.ended.set()
+
+    def _watch_requests(self) -> None:
+        """Rank 0: tell the rank when somebody wants a checkpoint. What cannot be looked up now, is the next time."""
+        storage = open_storage(self.storage.url)  # a save's time limit is not for this
+        while not self.ended.wait(LOOK_S):
+            with contextlib.suppress(OSError):
+                if take(storage):
+                    reply(Wanted())
 
     def _save(self, save: Save) -> None:
         until = time.monotonic() + save.limit_s
@@ -208,7 +223,7 @@ class Writer:
 
 def reply(message: Reply) -> None:
     """Tell the rank, if it is still there."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), _speaking:
         sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
         sys.stdout.buffer.flush()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifest, open_manifest
 from llm.checkpoint.image import Box, lay_out, owners, staging_bytes
 from llm.checkpoint.lineage import ancestors, before, read_manifest
-from llm.checkpoint.messages import CommitOrder, Committed, Failed, Layout, Reply, Save, Written
+from llm.checkpoint.messages import CommitOrder, Committed, Failed, Layout, Reply, Save, Wanted, Written
 from llm.checkpoint.probe import probe
 from llm.checkpoint.retention import Retention
 from llm.train.dist import World
@@ -75,6 +75,7 @@ class Checkpointer:
         self._saved: list[Tensor] = []  # what this rank writes of its pieces: replicated ones are shared out
         self._last_step = -1
         self._events: list[Event] = []
+        self.wanted = False  # rank 0: somebody has asked for a checkpoint since the last one
 
     def attach(self, tensors: Mapping[str, Tensor]) -> None:
         """Say what a checkpoint holds: tensors that stay where they are, sharded (DTensor) or the same everywhere."""
@@ -126,6 +127,7 @@ class Checkpointer:
         if step <= self._last_step:  # a rollback, or a save that failed: what is there is never written again
             self.generation += 1
         self._last_step = step
+        self.wanted = False
         commit = Commit(attempt=self.attempt, generation=self.generation, step=step)
         order = None
         if self.world.rank == 0:
@@ -180,6 +182,8 @@ class Checkpointer:
                 self.chain = reply.chain
                 done = Event(commit=reply.commit, committed=True, seconds=reply.seconds, bytes=reply.bytes)
                 self._events.append(msgspec.structs.replace(done, warning=reply.warning))
+            elif isinstance(reply, Wanted):
+                self.wanted = True
             elif isinstance(reply, Failed):
                 self._events.append(Event(commit=reply.commit, reason=reply.reason))
             elif isinstance(reply, Written) and self.world.rank:

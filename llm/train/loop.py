@@ -65,8 +65,7 @@ class Trainer:
         self.evaluation_loss: float | None = None
         self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
-        self.requested = False  # rank 0: somebody asks for a checkpoint now
-        self.save_wanted = False  # so any rank has heard from rank 0
+        self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
         checkpointer.attach(self.optimizer.state())
         checkpointer.check_store()
         if resume is None:
@@ -119,7 +118,11 @@ class Trainer:
             gradients = self.optimizer.gradients()
             squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in gradients]).sum()
             # The step's one small reduction: the loss, the norm for clipping, and what the others must know.
-            flags = [self.control.stop_requested(), self.schedule.due_by_clock() or self.requested, self.part_failed]
+            flags = [
+                self.control.stop_requested(),
+                self.schedule.due_by_clock() or self.checkpointer.wanted,
+                self.part_failed,
+            ]
             mine = torch.tensor([rows.shape[0] * config.seq_len, *flags], dtype=torch.float64)
             total = world.sum(torch.cat((torch.stack((loss_sum.double(), squares)), mine.to(world.device))))
             loss, squares_sum, tokens, stops, saves, failures = total.tolist()
@@ -227,7 +230,7 @@ class Trainer:
             "config_sha256": config_digest(self.config),
         }
         commit = self.checkpointer.save(self.step, state, self.metrics.hand_over() if self.world.rank == 0 else None)
-        self.save_wanted = self.requested = False
+        self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
         self.metrics.write("phase", phase="staged", step=self.step, seconds=self.checkpointer.blocked_s)
         if wait:

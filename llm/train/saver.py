@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from llm.checkpoint.format import CheckpointError
-from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Save, Written
+from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Save, Wanted, Written
 from llm.checkpoint.process import WriterProcess
 from llm.train.staging import Staging
 
@@ -53,13 +54,14 @@ class Saver:
 
     def poll(self, wait_s: float = 0.0) -> list[Reply]:
         """What the writer says, or what has to be said for it. A failure ends the save, and nothing is raised."""
-        if (save := self._save) is None:
-            return []
+        save = self._save
         try:
-            replies = self._exchange(save, wait_s)
+            replies = self._listen(wait_s) if save is None else self._exchange(save, wait_s)
         except CheckpointError as error:
             self._discard()
-            replies = [Failed(commit=save.commit, reason=str(error))]
+            replies = [] if save is None else [Failed(commit=save.commit, reason=str(error))]
+        if save is None:
+            return replies
         for reply in replies:
             if isinstance(reply, Failed | Committed) or (isinstance(reply, Written) and save.order is None):
                 self._save = None
@@ -77,7 +79,8 @@ class Saver:
     def abandon(self, reason: str) -> None:
         """Another rank could not write its part: the save in flight cannot be committed."""
         if self._save is not None and self._sent and self._writer is not None:
-            self._writer.send(Abandon(commit=self._save.commit, reason=reason))
+            with contextlib.suppress(CheckpointError):  # a writer that is gone abandons by itself; poll tells
+                self._writer.send(Abandon(commit=self._save.commit, reason=reason))
 
     def close(self) -> None:
         """Let the writer leave. What is in flight has until its limit."""
@@ -95,13 +98,17 @@ class Saver:
                 self._told = True
             writer.send(save)
             self._sent = True
-        assert self._writer is not None
-        replies = [reply for reply in self._writer.replies(wait_s) if reply.commit == save.commit]
+        replies = [each for each in self._listen(wait_s) if isinstance(each, Wanted) or each.commit == save.commit]
         if not replies and time.monotonic() > self._until:
             raise CheckpointError(f"the writer process did not end within {save.limit_s:.0f} s and was killed")
         return replies
 
+    def _listen(self, wait_s: float) -> list[Reply]:
+        return self._writer.replies(wait_s) if self._writer is not None else []
+
     def _start(self) -> WriterProcess:
+        if self._writer is not None and not self._writer.alive:
+            self._discard()
         if self._writer is None:
             self._writer, self._told = WriterProcess(self.url, self.rank, self.staging.descriptor), False
         return self._writer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import commits, newest_commit, read_manifest, read_part
+from llm.checkpoint.requests import ask
 from llm.checkpoint.retention import Retention
 from llm.train.checkpoint import Checkpointer
 from llm.train.dist import World
@@ -216,13 +218,34 @@ def test_a_save_that_fails_is_an_event_and_the_next_one_works(single: Single, tm
 def test_a_writer_that_dies_is_reported_and_replaced(single: Single) -> None:
     single.attach(state(0))
     single.commit(1)
-    assert single.saver.writer_pid is not None
-    os.kill(single.saver.writer_pid, signal.SIGKILL)
+    stop_writer(single, signal.SIGSTOP)
     single.save(2, {})
+    stop_writer(single, signal.SIGKILL)
     with pytest.raises(CheckpointError, match="writer process of this rank has ended with code -9"):
         single.wait()
     single.commit(3)
-    assert [commit.step for commit in commits(single.storage)] == [1, 3]
+    stop_writer(single, signal.SIGKILL)  # with nothing to do: nothing is lost
+    os.waitid(os.P_PID, single.saver.writer_pid or 0, os.WEXITED | os.WNOWAIT)
+    single.commit(4)
+    assert [commit.step for commit in commits(single.storage)] == [1, 3, 4]
+
+
+def stop_writer(checkpointer: Checkpointer, number: int) -> None:
+    assert checkpointer.saver.writer_pid is not None
+    os.kill(checkpointer.saver.writer_pid, number)
+
+
+def test_a_checkpoint_that_somebody_asks_for(single: Single) -> None:
+    single.attach(state(0))
+    path = ask(single.storage, "ada")
+    until = time.monotonic() + 30
+    while not single.wanted:
+        single.poll()
+        assert time.monotonic() < until, "the request was not seen"
+    with pytest.raises(FileNotFoundError):
+        single.storage.read(path)
+    single.commit(1)
+    assert not single.wanted
 
 
 def test_another_rank_that_never_delivers_is_named(tmp_path: Path) -> None:
