@@ -20,6 +20,8 @@ SHOWN = {
     "quickstart.md": ["finished", "resumed", "agent/", "loss by step"],
     "programs.md": ["rank 0 of 2", "rank 1 of 2", "done at 300"],
     "configuration.md": ["no key train.learning_rate", "model.n_heads=3", "exit code 2"],
+    "checkpoints.md": ["latest", " ok ", "state.step: 10 -> 20", "no rule keeps it", "removed step_00000010/0000-0000"],
+    "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],

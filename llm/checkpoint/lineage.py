@@ -67,19 +67,6 @@ def newest_commit(storage: Storage) -> Commit | None:
     return next((commit for commit in reversed(folders(storage)) if is_committed(storage, commit)), None)
 
 
-def ancestors(storage: Storage, commit: Commit, manifest: Manifest) -> list[Commit]:
-    """The chain of commits that ends in ``commit``, oldest first, as far back as it can be read."""
-    chain = [commit]
-    while manifest.parent is not None:
-        parent = Commit.parse(manifest.parent)
-        try:
-            manifest = read_manifest(storage, parent)
-        except CheckpointError:  # removed by retention, or damaged: in neither case does this run need it
-            break
-        chain.append(parent)
-    return chain[::-1]
-
-
 def before(storage: Storage, commit: Commit) -> Commit | None:
     """The commit that ``commit`` descends from, or None; works also when ``commit`` itself is damaged.
 

@@ -48,6 +48,10 @@ class Abandon(msgspec.Struct, frozen=True, kw_only=True, tag="abandon"):
     reason: str
 
 
+class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
+    """Nothing more will come: end what is under way, and leave."""
+
+
 class Written(msgspec.Struct, frozen=True, kw_only=True, tag="written"):
     """This rank's part is durable. The staging buffer is free again."""
 
@@ -67,7 +71,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The save did not work; nothing was committed. The staging buffer is free again."""
+    """The save did not work, or whether it did is not known. The staging buffer is free again."""
 
     commit: Commit
     reason: str
@@ -77,5 +81,5 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True, tag="wanted"):
     """Somebody has asked for a checkpoint now."""
 
 
-Request = Layout | Save | Abandon
+Request = Layout | Save | Abandon | Leave
 Reply = Written | Committed | Failed | Wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -21,14 +20,13 @@ def probe(storage: Storage, needed: int) -> None:
     """
     path = f"probe/{secrets.token_hex(8)}"
     data = os.urandom(16)
-    within = getattr(storage, "within", None)
+    bounded = storage.within(ANSWER_S)
     try:
-        with within(ANSWER_S) if within else contextlib.nullcontext():
-            storage.create(path, data)
-            if (found := storage.read(path)) != data:
-                raise CheckpointError(f"{storage.url} gives back {len(found)} other bytes than were written to {path}")
-            storage.remove(path)
-        storage.remove_folder("probe", only_empty=True)
+        bounded.create(path, data)
+        if (found := bounded.read(path)) != data:
+            raise CheckpointError(f"{storage.url} gives back {len(found)} other bytes than were written to {path}")
+        bounded.remove(path)
+        bounded.remove_folder("probe", only_empty=True)
     except OSError as error:
         raise CheckpointError(f"checkpoints cannot be saved in {storage.url}: {error}") from error
     if isinstance(storage, LocalStorage):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import msgspec
 
 from llm.checkpoint.format import CheckpointError
-from llm.checkpoint.messages import Reply, Request
+from llm.checkpoint.messages import Leave, Reply, Request
 
 HERE = str(Path(__file__).parents[2])  # the writer is of the same code as the rank
 REPLIES = msgspec.json.Decoder(Reply)
 LEAVE_S = 5.0  # a writer with nothing to do is gone in milliseconds
+KILLED_S = 1.0  # one that was killed too, unless it is stuck in the kernel: then nobody waits for it
 
 
 class WriterProcess:
@@ -40,6 +43,10 @@ class WriterProcess:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._out, selectors.EVENT_READ)
         self._rest = b""
+        # A pipe holds little, and a writer that is stuck takes nothing out of it.
+        self._outgoing: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="to the writer process", daemon=True)
+        self._sender.start()
 
     @property
     def pid(self) -> int:
@@ -52,16 +59,22 @@ class WriterProcess:
         return self._process.poll() is None
 
     def send(self, request: Request) -> None:
-        """Raises CheckpointError when the writer is gone."""
-        try:
-            self._in.write(msgspec.json.encode(request) + b"\n")
-            self._in.flush()
-        except OSError:
-            raise CheckpointError(self._gone()) from None
+        """Never waits. That the writer is gone, :meth:`replies` tells."""
+        self._outgoing.put(request)
+
+    def _send_all(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone
+            while (request := self._outgoing.get()) is not None:
+                self._in.write(msgspec.json.encode(request) + b"\n")
+                self._in.flush()
+        with contextlib.suppress(OSError):
+            self._in.close()
 
     def replies(self, wait_s: float = 0.0) -> list[Reply]:
         """What it has said since the last call; waits up to ``wait_s``. Raises CheckpointError when it is gone."""
         if not self._selector.select(wait_s):
+            if not self.alive:
+                raise CheckpointError(self._gone())
             return []
         data = self._out.read()
         if data == b"":
@@ -69,17 +82,20 @@ class WriterProcess:
         *lines, self._rest = (self._rest + (data or b"")).split(b"\n")
         return [REPLIES.decode(line) for line in lines]
 
-    def close(self, wait_s: float = LEAVE_S) -> None:
-        """Let it finish what it is doing, for at most ``wait_s``, and leave; then make it."""
-        with contextlib.suppress(OSError):
-            self._in.close()
+    def close(self, wait_s: float = LEAVE_S) -> int | None:
+        """Let it finish what it is doing, for at most ``wait_s``, and leave; then make it. Returns its exit code."""
+        self.send(Leave())
+        self._outgoing.put(None)
         try:
             self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILLED_S)
+        self._sender.join(KILLED_S)
         self._selector.close()
         self._out.close()
+        return self._process.returncode
 
     def _gone(self) -> str:
         until = time.monotonic() + LEAVE_S

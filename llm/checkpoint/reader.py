@@ -14,7 +14,7 @@ from llm.utils.storage import Storage
 
 # Bytes of one read. From a store, what makes a request worth its round trip; from a file system, what stays in a
 # core's cache until it is checked and copied.
-SPAN, LOCAL_SPAN = 8 << 20, 2 << 20
+SPAN, LOCAL_SPAN = 8 << 20, 4 << 20
 WASTE = 32  # a gap of unneeded bytes is read when it is at most 1/WASTE of what comes before it
 
 
@@ -116,15 +116,22 @@ def read_span(storage: Storage, span: Span, buffer: memoryview) -> memoryview:
 
 
 def _check(span: Span, segment: Segment, data: memoryview) -> None:
-    block, checksums = segment.piece.block, segment.piece.checksums()
-    for at in range(segment.begin, segment.end, block):
-        end = min(at + block, segment.end)
-        if crc32c(data[at - segment.begin : end - segment.begin]) != checksums[at // block]:
-            begin = segment.piece.begin
-            raise DamagedError(
-                f"{span.path} is damaged: the CRC-32C of bytes {begin + at} to {begin + end} does not match "
-                f"(block {at // block} of tensor {segment.tensor} at {segment.piece.offset})"
-            )
+    """``data`` begins with the segment."""
+    block, size = segment.piece.block, segment.end - segment.begin
+    first = segment.begin // block
+    whole = range(0, size - size % block, block)
+    found = [crc32c(data[at : at + block]) for at in whole]
+    if size % block:
+        found.append(crc32c(data[size - size % block : size]))
+    expected = segment.piece.checksums()[first : first + len(found)].tolist()
+    if found != expected:
+        number = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+        begin = segment.piece.begin + segment.begin + number * block
+        end = min(begin + block, segment.piece.begin + segment.end)
+        raise DamagedError(
+            f"{span.path} is damaged: the CRC-32C of bytes {begin} to {end} does not match "
+            f"(block {first + number} of tensor {segment.tensor} at {segment.piece.offset})"
+        )
 
 
 def _short(span: Span, end: int) -> str:

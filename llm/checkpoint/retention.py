@@ -10,7 +10,7 @@ import msgspec
 
 from llm.checkpoint.format import MANIFEST, CheckpointError, Commit
 from llm.checkpoint.leases import leased
-from llm.checkpoint.lineage import delete, read_manifest
+from llm.checkpoint.lineage import commits, delete, read_manifest
 from llm.checkpoint.tags import read_tags
 from llm.utils.storage import Storage
 
@@ -101,6 +101,19 @@ def lineage(parents: Mapping[Commit, Commit | None], head: Commit, unreadable: C
         found.update(each for each in existing if _family(each) < _family(current) and each.step <= current.step)
         break
     return found
+
+
+def chain(storage: Storage, head: Commit) -> list[Commit]:
+    """The commits in the store that ``head`` descends from, oldest first, ``head`` last."""
+    parents: dict[Commit, Commit | None] = {}
+    unreadable: set[Commit] = set()
+    for commit in commits(storage):
+        try:
+            parent = read_manifest(storage, commit).parent
+            parents[commit] = None if parent is None else Commit.parse(parent)
+        except CheckpointError:  # damaged, of another version, or removed in between
+            unreadable.add(commit)
+    return sorted(lineage(parents, head, unreadable) | {head})
 
 
 def _family(commit: Commit) -> tuple[int, int]:

@@ -18,12 +18,13 @@ import math  # noqa: E402
 import mmap  # noqa: E402
 import os  # noqa: E402
 import queue  # noqa: E402
+import select  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 from array import array  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait  # noqa: E402
 
 import msgspec  # noqa: E402
 from crc32c import crc32c  # noqa: E402
@@ -49,8 +50,22 @@ from llm.checkpoint.format import (  # noqa: E402
     seal,
 )
 from llm.checkpoint.image import FileImage  # noqa: E402
-from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Request, Save, Wanted, Written  # noqa: E402
+from llm.checkpoint.lineage import delete  # noqa: E402
+from llm.checkpoint.messages import (  # noqa: E402
+    Abandon,
+    CommitOrder,
+    Committed,
+    Failed,
+    Layout,
+    Leave,
+    Reply,
+    Request,
+    Save,
+    Wanted,
+    Written,
+)
 from llm.checkpoint.requests import take  # noqa: E402
+from llm.utils.local_storage import LocalStorage  # noqa: E402
 from llm.utils.storage import Storage, open_storage  # noqa: E402
 
 LOOK_S = 5.0  # between looks for somebody who asks for a checkpoint
@@ -58,22 +73,23 @@ NICE = 5  # training comes first
 POLL_S, POLL_MAX_S = 0.005, 1.0  # between looks for the other ranks' parts
 CONNECTIONS = 8  # files of an object store that are sent at the same time
 DISK_FILES = 2  # written at the same time
+ORPHAN_S = 1.0  # between looks whether the rank is still there
 _speaking = threading.Lock()
 REQUESTS = msgspec.json.Decoder(Request)
 
 
 class Writer:
-    """One rank's writer. ``run`` returns when the rank closes the pipe."""
+    """One rank's writer. ``run`` returns when the rank says so, closes the pipe, or is gone."""
 
-    def __init__(self, storage: Storage, rank: int, descriptor: int) -> None:
-        self.storage, self.rank, self.descriptor = storage, rank, descriptor
-        self.remote = hasattr(storage, "within")
+    def __init__(self, storage: Storage, rank: int, descriptor: int, replies: int) -> None:
+        self.storage, self.rank, self.descriptor, self.replies = storage, rank, descriptor, replies
+        self.remote = not isinstance(storage, LocalStorage)
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.layout = Layout(size=0, boxes=[], files=[])
         self.buffer = memoryview(b"")
         self.pool = ThreadPoolExecutor(CONNECTIONS if self.remote else DISK_FILES)
         self.sums = ThreadPoolExecutor(1)
-        self.ended = threading.Event()  # the rank has closed the pipe
+        self.ended = threading.Event()  # no more requests will come
 
     def run(self) -> None:
         """Serve requests, one save at a time."""
@@ -88,10 +104,15 @@ class Writer:
                 self._save(request)
 
     def _listen(self) -> None:
-        for line in sys.stdin.buffer:
-            self.requests.put(REQUESTS.decode(line))
-        self.requests.put(None)
-        self.ended.set()
+        try:
+            for line in _lines(sys.stdin.fileno()):
+                request = REQUESTS.decode(line)
+                if isinstance(request, Leave):
+                    break
+                self.requests.put(request)
+        finally:  # whatever happened here, nobody waits for another request
+            self.requests.put(None)
+            self.ended.set()
 
     def _watch_requests(self) -> None:
         """Rank 0: tell the rank when somebody wants a checkpoint. What cannot be looked up now, is the next time."""
@@ -99,22 +120,30 @@ class Writer:
         while not self.ended.wait(LOOK_S):
             with contextlib.suppress(OSError):
                 if take(storage):
-                    reply(Wanted())
+                    self._reply(Wanted())
 
     def _save(self, save: Save) -> None:
         until = time.monotonic() + save.limit_s
+        storage = self.storage.within(save.limit_s)
         try:
-            with self.storage.within(save.limit_s) if self.remote else contextlib.nullcontext():  # type: ignore[attr-defined]
-                written = self._write_part(save)
-                reply(written)
-                if save.order is not None:
-                    reply(self._commit(save, until))
+            self._reply(self._write_part(storage, save))
+            if save.order is not None:
+                manifest = self._manifest(storage, save, save.order, until)
         except (OSError, CheckpointError) as error:
-            reply(Failed(commit=save.commit, reason=" ".join(str(error).split())))
+            if save.order is not None:  # what rank 0 does not commit, nobody does: the space can be used again
+                with contextlib.suppress(OSError):
+                    delete(storage, save.commit)
+            self._reply(Failed(commit=save.commit, reason=_line(error)))
+            return
+        if save.order is not None:
+            try:
+                self._reply(self._commit(storage, save.order, manifest))
+            except OSError as error:  # whether it counts is not known, if the answer was lost: nothing is removed
+                self._reply(Failed(commit=save.commit, reason=_line(error)))
 
-    def _write_part(self, save: Save) -> Written:
+    def _write_part(self, storage: Storage, save: Save) -> Written:
         tensors: dict[str, Tensor] = {}
-        done = list(self.pool.map(lambda file: self._write_file(save.commit, file), self.layout.files))
+        done = self._write_files(storage, save.commit)
         for _, pieces in done:
             for name, tensor in pieces:
                 if name in tensors:
@@ -127,15 +156,33 @@ class Writer:
         data = msgspec.json.encode(part)
         size = sum(file.bytes for file in part.files)
         name = part_name(self.rank, size, hashlib.sha256(data).hexdigest())
-        self.storage.create(f"{save.commit.path}/{name}", data)
+        storage.create(f"{save.commit.path}/{name}", data)
         return Written(commit=save.commit, seconds=time.time() - save.began, bytes=size)
 
-    def _write_file(self, commit: Commit, image: FileImage) -> tuple[DataFile, list[tuple[str, Tensor]]]:
+    def _write_files(self, storage: Storage, commit: Commit) -> list[tuple[DataFile, list[tuple[str, Tensor]]]]:
+        """Write all files. When one fails the others have ended too before it is raised: the buffer is free again."""
+        files = [self.pool.submit(self._write_file, storage, commit, file) for file in self.layout.files]
+        try:
+            wait(files, return_when=FIRST_EXCEPTION)  # the rank bounds this: it kills a writer that takes too long
+            return [file.result() for file in files if file.done()]
+        except OSError:
+            for file in files:
+                file.cancel()
+            wait(files)
+            if not self.remote:  # nobody knows of them yet, and the disk may be full
+                for image in self.layout.files:
+                    with contextlib.suppress(OSError):
+                        storage.remove(f"{commit.path}/{image.name}")
+            raise
+
+    def _write_file(
+        self, storage: Storage, commit: Commit, image: FileImage
+    ) -> tuple[DataFile, list[tuple[str, Tensor]]]:
         """Write one file, and describe it. The checksums are taken from the very memory that is written."""
         self.buffer[image.position : image.position + len(image.header)] = image.header
         data = self.buffer[image.position : image.position + image.size]
         sums = self.sums.submit(lambda: list(self._pieces(image, data)))
-        self.storage.write(f"{commit.path}/{image.name}", data)
+        storage.write(f"{commit.path}/{image.name}", data)
         described, size = sums.result(), len(image.header)
         return (
             DataFile(name=image.name, bytes=image.size, header=size, header_crc32c=crc32c(image.header)),
@@ -160,14 +207,15 @@ class Writer:
             )
             yield box.name, Tensor(dtype=box.dtype, shape=box.shape, pieces=[piece], placement=box.placement)
 
-    def _commit(self, save: Save, until: float) -> Committed:
-        """Rank 0: when every part is durable, make the checkpoint count; then let retention remove older ones."""
-        order, commit = save.order, save.commit
-        assert order is not None
+    def _manifest(self, storage: Storage, save: Save, order: CommitOrder, until: float) -> Manifest:
+        """Rank 0: what to commit, once every part is durable. Raises CheckpointError when that takes too long."""
+        commit = save.commit
         for path, content in order.files_before.items():
-            self.storage.create(path, content)
-        parts = self._all_parts(save, order.world_size, until)
-        manifest = Manifest(
+            storage.create(path, content)
+        parts = self._all_parts(storage, save, order.world_size, until)
+        if time.monotonic() > until:  # this process was stopped for a while: its rank may have given up
+            raise CheckpointError(f"{commit.path} was not complete within {save.limit_s:.0f} s")
+        return Manifest(
             format=FORMAT,
             step=commit.step,
             attempt=commit.attempt,
@@ -181,19 +229,23 @@ class Writer:
             parts=parts,
             state=order.state,
         )
-        self.storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
+
+    def _commit(self, storage: Storage, order: CommitOrder, manifest: Manifest) -> Committed:
+        """Make the checkpoint count; then let retention remove older ones."""
+        commit = manifest.commit
+        storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
         chain, warning = [*order.chain, commit], None
         try:
-            chain = retention.apply(self.storage, chain, order.keep)
+            chain = retention.apply(storage, chain, order.keep)
         except (OSError, CheckpointError) as error:  # costs space, not the run
-            warning = f"older checkpoints could not be removed: {' '.join(str(error).split())}"
+            warning = f"older checkpoints could not be removed: {_line(error)}"
         return Committed(commit=commit, seconds=manifest.seconds, bytes=manifest.bytes, chain=chain, warning=warning)
 
-    def _all_parts(self, save: Save, world_size: int, until: float) -> list[PartEntry]:
+    def _all_parts(self, storage: Storage, save: Save, world_size: int, until: float) -> list[PartEntry]:
         """The part of every rank, from their names in the store: which proves that all ranks write to one place."""
         pause = POLL_S
         while True:
-            listed = (parse_part_name(name) for name in self.storage.list(f"{save.commit.path}/{PARTS}"))
+            listed = (parse_part_name(name) for name in storage.list(f"{save.commit.path}/{PARTS}"))
             found = dict(each for each in listed if each is not None)
             if len(found) >= world_size:
                 return [found[rank] for rank in range(world_size)]
@@ -220,19 +272,44 @@ class Writer:
         else:
             raise CheckpointError(f"{commit.path}: another request came before this save ended")
 
+    def _reply(self, message: Reply) -> None:
+        """Tell the rank, if it is still there."""
+        data = msgspec.json.encode(message) + b"\n"
+        with contextlib.suppress(BrokenPipeError), _speaking:
+            while data:
+                data = data[os.write(self.replies, data) :]
 
-def reply(message: Reply) -> None:
-    """Tell the rank, if it is still there."""
-    with contextlib.suppress(BrokenPipeError), _speaking:
-        sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-        sys.stdout.buffer.flush()
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Whole lines of a pipe, as long as the rank is there: its end alone may not say so, as what the rank has forked
+    keeps the pipe open. What a rank that died had not sent completely is left out.
+    """
+    rank, rest = os.getppid(), bytearray()
+    while True:
+        if select.select([descriptor], [], [], ORPHAN_S)[0]:
+            data = os.read(descriptor, 1 << 20)
+            if not data:
+                return
+            *lines, last = data.split(b"\n")
+            for line in lines:
+                yield bytes(rest) + line
+                rest.clear()
+            rest += last
+        elif os.getppid() != rank:
+            return
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def main() -> None:
     """Serve one rank."""
     url, rank, descriptor = sys.argv[1:]
     os.nice(NICE)
-    Writer(open_storage(url), int(rank), int(descriptor)).run()
+    replies = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no reply
+    Writer(open_storage(url), int(rank), int(descriptor), replies).run()
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifest, open_manifest
 from llm.checkpoint.image import Box, lay_out, owners, staging_bytes
-from llm.checkpoint.lineage import ancestors, before, read_manifest
+from llm.checkpoint.lineage import before, read_manifest
 from llm.checkpoint.messages import CommitOrder, Committed, Failed, Layout, Reply, Save, Wanted, Written
 from llm.checkpoint.probe import probe
-from llm.checkpoint.retention import Retention
+from llm.checkpoint.retention import Retention, chain
 from llm.train.dist import World
 from llm.train.pieces import NAMES, LocalPiece, local_pieces
-from llm.train.resharding import load
+from llm.train.resharding import load, together
 from llm.train.saver import Saver
 from llm.train.staging import Staging
 from llm.utils.local_storage import LocalStorage
@@ -201,9 +201,13 @@ class Checkpointer:
         rng = load(self.storage, commit, manifest, self.pieces, self.world)
         if rng is not None:
             restore_rng(rng, self.world.device)
-        if self.world.rank == 0:
-            self.chain = ancestors(self.storage, commit, manifest)
+        complaint = f"cannot list the checkpoints before {commit.path} in {self.storage.url}"
+        together(self.world, complaint, lambda: self._find_chain(commit))
         return manifest.state
+
+    def _find_chain(self, commit: Commit) -> None:
+        if self.world.rank == 0:
+            self.chain = chain(self.storage, commit)
 
     def load_newest(self, commit: Commit) -> tuple[Commit, dict[str, Any]]:
         """Load ``commit``, or the newest before it that is not damaged. Raises CheckpointError when there is none.

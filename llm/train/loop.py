@@ -62,6 +62,7 @@ class Trainer:
         self.optimizer = AdamW(self.model, train)
         self.step = 0
         self.evaluated = -1  # the last step whose held-out loss is in the metrics
+        self.loss: float | None = None
         self.evaluation_loss: float | None = None
         self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
@@ -140,6 +141,7 @@ class Trainer:
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         self.step += 1
+        self.loss = loss
         self.control.heartbeat("train", self.step)
         self.report(loss, norm, lr, time.perf_counter() - began)
         if failures and world.rank == 0:
@@ -225,6 +227,7 @@ class Trainer:
             "data_position": self.step,
             "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
             "evaluated": self.evaluated,
+            "loss": self.loss,
             "evaluation_loss": self.evaluation_loss,
             "data": self.data_identity(),
             "config_sha256": config_digest(self.config),
@@ -271,7 +274,8 @@ class Trainer:
             )
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
-        self.step, self.evaluated, self.evaluation_loss = state["step"], state["evaluated"], state["evaluation_loss"]
+        self.step, self.loss = state["step"], state["loss"]
+        self.evaluated, self.evaluation_loss = state["evaluated"], state["evaluation_loss"]
         self.optimizer.steps = self.step
 
     def data_identity(self) -> dict[str, Any]:

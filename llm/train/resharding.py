@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from llm.utils.storage import Storage
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 
-LOCAL_THREADS = 4  # a file system gains nothing from more
+LOCAL_THREADS = min(8, max(2, (os.cpu_count() or 2) // 2))  # of a file system; what is read is in the cache, or soon
 
 
 def load(

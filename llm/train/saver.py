@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 
@@ -57,7 +56,7 @@ class Saver:
         save = self._save
         try:
             replies = self._listen(wait_s) if save is None else self._exchange(save, wait_s)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # OSError: no process can be started
             self._discard()
             replies = [] if save is None else [Failed(commit=save.commit, reason=str(error))]
         if save is None:
@@ -79,8 +78,7 @@ class Saver:
     def abandon(self, reason: str) -> None:
         """Another rank could not write its part: the save in flight cannot be committed."""
         if self._save is not None and self._sent and self._writer is not None:
-            with contextlib.suppress(CheckpointError):  # a writer that is gone abandons by itself; poll tells
-                self._writer.send(Abandon(commit=self._save.commit, reason=reason))
+            self._writer.send(Abandon(commit=self._save.commit, reason=reason))
 
     def close(self) -> None:
         """Let the writer leave. What is in flight has until its limit."""

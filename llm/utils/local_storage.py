@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,18 +30,25 @@ class LocalStorage:
         """Where a file of this directory lies."""
         return self.root / path
 
+    def within(self, seconds: float) -> LocalStorage:
+        return self
+
     def write(self, path: str, data: Buffer) -> None:
         """Big page-aligned buffers go past the page cache: no second copy in memory, and training keeps its cache."""
         target = self._prepare(path)
         descriptor = _open_new(target, direct=len(data) >= DIRECT_FROM)
         try:
-            chunks = range(0, len(data), CHUNK)
-            if len(chunks) > 1:  # a disk is at its fastest with several requests in its queue
-                with ThreadPoolExecutor(min(THREADS, len(chunks))) as pool:
-                    list(pool.map(lambda at: _write(descriptor, memoryview(data)[at : at + CHUNK], at), chunks))
-            else:
-                _write(descriptor, memoryview(data), 0)
-            os.fsync(descriptor)
+            with _told(target, len(data), descriptor):
+                chunks = range(0, len(data), CHUNK)
+                if len(chunks) > 1:  # a disk is at its fastest with several requests in its queue
+                    with ThreadPoolExecutor(min(THREADS, len(chunks))) as pool:
+                        list(pool.map(lambda at: _write(descriptor, memoryview(data)[at : at + CHUNK], at), chunks))
+                else:
+                    _write(descriptor, memoryview(data), 0)
+                os.fsync(descriptor)
+        except BaseException:
+            target.unlink(missing_ok=True)  # of no use to anyone, and in the way on a full disk
+            raise
         finally:
             os.close(descriptor)
         sync_folder(target.parent)
@@ -143,6 +151,7 @@ def _open_new(target: Path, direct: bool) -> int:
 
 def _write(descriptor: int, data: memoryview, at: int) -> None:
     """Write ``data`` at ``at``: past the page cache as long as it is whole pages and the buffer allows it."""
+    cached = False  # by this thread: another one may have switched direct I/O off while this one was writing
     while data:
         whole = len(data) // PAGE * PAGE
         if not whole:
@@ -150,8 +159,10 @@ def _write(descriptor: int, data: memoryview, at: int) -> None:
         try:
             done = os.pwrite(descriptor, data[: whole or len(data)], at)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _use_page_cache(descriptor):
+            if error.errno != errno.EINVAL or cached:
                 raise  # EINVAL: the buffer is not aligned as this device wants it
+            _use_page_cache(descriptor)
+            cached = True
             continue
         data, at = data[done:], at + done
 
@@ -165,8 +176,27 @@ def _use_page_cache(descriptor: int) -> bool:
 
 def _write_aside(target: Path, data: bytes) -> Path:
     aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    with aside.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with _told(target, len(data), descriptor):
+            _write(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
     return aside
+
+
+@contextlib.contextmanager
+def _told(target: Path, size: int, descriptor: int) -> Iterator[None]:
+    """Errors of writing to a descriptor say of which file, and on a full disk how many of its ``size`` bytes fit."""
+    try:
+        yield
+    except OSError as error:
+        what = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fit = min(os.fstat(descriptor).st_blocks * 512, size)
+            what += f", {size - fit} of {size} bytes do not fit"
+        raise OSError(error.errno, what, str(target)) from error

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import errno
 import io
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from llm.utils.storage import Buffer
 
 T = TypeVar("T")
+S = TypeVar("S", bound="_Collected | _Filled")
 
 CONNECT_S = 5.0
-SLOWEST = 64 << 10  # bytes per second; a download reports no progress, so it may take its size by this
 STALL_S = 15.0  # a request in which no byte moves for this long is broken off and sent again
+TRIES = 3  # that must fit into the time that is left, however short it is
+SLOWEST = 64 << 10  # bytes per second of one connection
+UNSEEN = 4 << 20  # bytes that the kernel has taken and may still have to send: nobody sees these move
 PATIENCE_S = 60.0  # a request that keeps failing is given up after this long, unless `within` says otherwise
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
+LEAVE_S = 1.0  # for a request that was broken off to take itself apart
+CHUNK = 1 << 20  # bytes of a download that are taken at a time
 
 # Answers that another try will not change.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, NotImplementedError)
@@ -44,7 +50,9 @@ class ObjectStorage:
         options: dict[str, Any] = {"use_listings_cache": False}
         if self.s3:
             given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-            timeouts = {"connect_timeout": CONNECT_S, "read_timeout": STALL_S, "max_pool_connections": 64}
+            # Who waits for an answer is watched here; the SDK's time-out knows nothing of what is still to be sent.
+            waits = STALL_S + UNSEEN / SLOWEST
+            timeouts = {"connect_timeout": CONNECT_S, "read_timeout": waits, "max_pool_connections": 64}
             options["config_kwargs"] = {**timeouts, **given, "retries": {"total_max_attempts": 1}}
         self.fs: Any
         self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)  # type: ignore[no-untyped-call]
@@ -52,14 +60,10 @@ class ObjectStorage:
             self.fs.retries = 1
         self._limit: float | None = None
 
-    @contextlib.contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """All requests that are made inside, by any thread, end within ``seconds`` from now."""
-        self._limit = time.monotonic() + seconds
-        try:
-            yield
-        finally:
-            self._limit = None
+    def within(self, seconds: float) -> ObjectStorage:
+        bounded = copy.copy(self)
+        bounded._limit = time.monotonic() + seconds
+        return bounded
 
     def write(self, path: str, data: Buffer) -> None:
         self._put(path, data)
@@ -81,22 +85,12 @@ class ObjectStorage:
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
             return b""
-        slow_s = (0 if end is None else end - start) / SLOWEST
-
-        def get(key: str) -> bytes:
-            try:
-                return bytes(self._call("cat_file", key, start=start, end=end, slow_s=slow_s))
-            except OSError as error:  # S3 refuses a range that begins behind the end
-                if error.errno == errno.EINVAL and self._call("info", key)["size"] <= start:
-                    return b""
-                raise
-
-        return self._ask("get", path, get)
+        return bytes(self._get(path, start, end, _Collected))
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        data = self.read(path, start, start + len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        if not len(buffer):
+            return 0
+        return len(self._get(path, start, start + len(buffer), lambda: _Filled(buffer)))
 
     def sizes(self, path: str) -> dict[str, int | None]:
         entries = self._entries(path)
@@ -104,7 +98,7 @@ class ObjectStorage:
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._ask("delete", path, lambda key: self._call("rm_file", key))
+            self._ask("delete", path, lambda key, stall_s: self._call("rm_file", key, stall_s=stall_s))
 
     def remove_folder(self, path: str, only_empty: bool = False) -> None:
         if only_empty and self.s3:  # there are no folders
@@ -113,44 +107,79 @@ class ObjectStorage:
             if only_empty:
                 self.fs.rmdir(self._key(path))
             else:
-                self._ask("delete", path, lambda key: self._call("rm", key, recursive=True))
+                self._ask("delete", path, lambda key, stall_s: self._call("rm", key, recursive=True, stall_s=stall_s))
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def _put(self, path: str, data: Buffer, **options: Any) -> None:
-        # Sent from where it lies: the SDK would not take a memoryview.
-        body: Any = _Body(memoryview(data)) if self.s3 else bytes(data)
+    def _get(self, path: str, start: int, end: int | None, target: Callable[[], S]) -> S:
+        """Bytes ``start`` .. ``end``, in a new target at each try."""
 
-        def put(key: str) -> None:
-            # One request whatever the size: an upload in parts that is given up would lie in the store for ever.
-            if self.s3:
-                options["chunksize"] = len(data) + 1
+        def get(key: str, stall_s: float) -> S:
+            taken = target()
             try:
-                self._call("pipe_file", key, body, progress=getattr(body, "moved", None), **options)
+                if self.s3:
+                    self._run(self._download(key, start, end, taken), stall_s, taken)
+                else:  # these tell nothing before they are done
+                    slow_s = (UNSEEN if end is None else end - start) / SLOWEST
+                    taken.add(self._call("cat_file", key, start=start, end=end, stall_s=stall_s + slow_s))
+            except OSError as error:  # S3 refuses a range that begins behind the end
+                if error.errno == errno.EINVAL and self._call("info", key, stall_s=stall_s)["size"] <= start:
+                    return target()
+                raise
+            return taken
+
+        return self._ask("get", path, get)
+
+    async def _download(self, key: str, start: int, end: int | None, target: _Collected | _Filled) -> None:
+        bucket, name, _ = self.fs.split_path(key)
+        span = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=name, **span)
+        async with answer["Body"] as body:
+            while chunk := await body.read(CHUNK):
+                target.add(chunk)
+
+    def _put(self, path: str, data: Buffer, **options: Any) -> None:
+        if self.s3:  # one request whatever the size: an upload in parts that is given up would lie there for ever
+            options["chunksize"] = len(data) + 1
+
+        def put(key: str, stall_s: float) -> None:
+            # Sent from where it lies, since the SDK would not take a memoryview; from its start at every try.
+            body = _Body(memoryview(data)) if self.s3 else None
+            try:
+                self._call("pipe_file", key, body or bytes(data), stall_s=stall_s, transfer=body, **options)
             except OSError as error:
                 # Some servers' refusal to overwrite comes as a plain OSError. An answer that was lost looks the same.
-                if options.get("mode") == "create" and not isinstance(error, FINAL) and self._exists(key):
+                if options.get("mode") == "create" and not isinstance(error, FINAL) and self._exists(key, stall_s):
                     raise FileExistsError(f"{self.url}/{path} exists") from error
                 raise
+            finally:
+                if body is not None:
+                    body.revoke()
 
         self._ask("put", path, put)
 
-    def _exists(self, key: str) -> bool:
+    def _exists(self, key: str, stall_s: float) -> bool:
         try:
-            self._call("info", key)
+            self._call("info", key, stall_s=stall_s)
         except FileNotFoundError:
             return False
         return True
 
-    def _ask(self, verb: str, path: str, request: Callable[[str], T]) -> T:
-        """Send a request until it is answered, for as long as patience lasts. Raises OSError that says why not."""
+    def _ask(self, verb: str, path: str, request: Callable[[str, float], T]) -> T:
+        """Send a request until it is answered, for as long as patience lasts. Raises OSError that says why not.
+
+        ``request`` is called with the key and the seconds for which it may stand still.
+        """
         began = time.monotonic()
         until = began + PATIENCE_S if self._limit is None else self._limit
         tries = 0
+        if until <= began:
+            raise OSError(errno.ETIMEDOUT, f"{verb} {self.url}/{path}: there is no time left for it")
         while True:
+            stall_s = min(STALL_S, (until - time.monotonic()) / max(TRIES - tries, 1))
             tries += 1
             try:
-                return request(self._key(path))
+                return request(self._key(path), stall_s)
             except FINAL as error:
                 raise type(error)(f"{verb} {self.url}/{path}: {_reason(error)}") from error
             except Exception as error:
@@ -164,27 +193,25 @@ class ObjectStorage:
             time.sleep(pause)
 
     def _call(
-        self,
-        method: str,
-        *arguments: Any,
-        progress: Callable[[], int] | None = None,
-        slow_s: float = 0.0,
-        **options: Any,
+        self, method: str, *arguments: Any, stall_s: float, transfer: _Transfer | None = None, **options: Any
     ) -> Any:
         """One request. Asynchronous file systems run it under the watchdog."""
         if not getattr(self.fs, "async_impl", False):
             return getattr(self.fs, method)(*arguments, **options)
-        request = getattr(self.fs, f"_{method}")(*arguments, **options)
-        watched = _watch(request, progress, STALL_S + slow_s, self._limit)
+        return self._run(getattr(self.fs, f"_{method}")(*arguments, **options), stall_s, transfer)
+
+    def _run(self, request: Awaitable[T], stall_s: float, transfer: _Transfer | None) -> T:
+        watched = _watch(request, transfer, stall_s, self._limit)
         return asyncio.run_coroutine_threadsafe(watched, self.fs.loop).result()
 
     def _key(self, path: str) -> str:
         return f"{self.root}/{path}" if path else str(self.root)
 
     def _entries(self, path: str) -> list[dict[str, Any]]:
-        def entries(key: str) -> list[dict[str, Any]]:
+        def entries(key: str, stall_s: float) -> list[dict[str, Any]]:
             self.fs.invalidate_cache()  # some file systems cache although they were told not to
-            return [entry for entry in self._call("ls", key, detail=True) if _name(entry["name"]) != _name(key)]
+            found = self._call("ls", key, detail=True, stall_s=stall_s)
+            return [entry for entry in found if _name(entry["name"]) != _name(key)]
 
         try:
             return self._ask("list", path, entries)
@@ -196,38 +223,64 @@ class ObjectStorage:
         return sorted({_name(entry["name"]) for entry in self._entries(path)})
 
 
-async def _watch(request: Awaitable[T], progress: Callable[[], int] | None, stall_s: float, limit: float | None) -> T:
-    """Await ``request``; break it off when ``progress`` stands still for ``stall_s``, or at the time ``limit``."""
+class _Transfer(Protocol):
+    """What a watchdog wants to know of a request's data."""
+
+    def moved(self) -> int:
+        """Bytes that have been sent, or received."""
+
+    def unseen_s(self) -> float:
+        """Seconds that bytes which the kernel has already taken may need."""
+
+
+async def _watch(request: Awaitable[T], transfer: _Transfer | None, stall_s: float, limit: float | None) -> T:
+    """Await ``request``; break it off when ``transfer`` stands still for ``stall_s``, or at the time ``limit``."""
     task = asyncio.ensure_future(request)
-    moved = -1
+    began = time.monotonic()
+    moved = 0
     try:
         while True:
-            patience = stall_s if limit is None else min(stall_s, max(limit - time.monotonic(), 0.1))
-            done, _ = await asyncio.wait({task}, timeout=patience)
+            now = time.monotonic()
+            unseen_s = transfer.unseen_s() if transfer is not None else 0.0
+            if limit is not None:  # so much less that there is time for another try
+                unseen_s = max(min(unseen_s, limit - began - 2 * stall_s), 0.0)
+            until = began + stall_s + unseen_s
+            until = until if limit is None else min(until, limit)
+            done, _ = await asyncio.wait({task}, timeout=max(min(until - now, stall_s / 4), 0.01))
             if done:
                 return task.result()
-            now = progress() if progress is not None else moved
-            if now == moved or (limit is not None and time.monotonic() >= limit):
-                raise TimeoutError(f"no answer within {patience:.0f} s")
-            moved = now
+            if transfer is not None and transfer.moved() != moved:
+                moved, began = transfer.moved(), time.monotonic()
+            elif time.monotonic() >= until:
+                raise TimeoutError(f"no answer within {time.monotonic() - began:.0f} s")
+            if limit is not None and time.monotonic() >= limit:
+                raise TimeoutError("it was not done in time")
     finally:
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+            await asyncio.wait({task}, timeout=LEAVE_S)
+            if task.done() and not task.cancelled():
+                task.exception()  # seen, and of no more interest
 
 
 class _Body(io.RawIOBase):
-    """A memoryview as a file that SDKs read and rewind. ``moved`` tells how far the last reader is."""
+    """A memoryview as a file that SDKs read and rewind."""
 
     def __init__(self, data: memoryview) -> None:
-        self._data, self._position = data, 0
+        self._data, self._size, self._position = data, len(data), 0
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._size
 
     def moved(self) -> int:
         return self._position
+
+    def unseen_s(self) -> float:
+        return min(self._size, UNSEEN) / SLOWEST if self._position == self._size else 0.0
+
+    def revoke(self) -> None:
+        """Whoever still reads gets nothing more: the memory will soon hold something else."""
+        self._data = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -239,16 +292,61 @@ class _Body(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = base + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = min(len(view), len(self._data) - self._position)
-        view[:count] = self._data[self._position : self._position + count]
+        view, data = memoryview(buffer).cast("B"), self._data
+        count = max(min(len(view), len(data) - self._position), 0)
+        view[:count] = data[self._position : self._position + count]
         self._position += count
         return count
+
+
+class _Collected:
+    """A download of any size."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self._chunks)
+
+    def moved(self) -> int:
+        return self._size
+
+    def unseen_s(self) -> float:
+        return 0.0
+
+    def add(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+
+
+class _Filled:
+    """A download into memory that is there already."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer, self._size = buffer, 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def moved(self) -> int:
+        return self._size
+
+    def unseen_s(self) -> float:
+        return 0.0
+
+    def add(self, chunk: bytes) -> None:
+        end = self._size + len(chunk)
+        self._buffer[self._size : end] = chunk  # a ValueError if the store gives more than it was asked for
+        self._size = end
 
 
 def _passing(error: Exception) -> bool:

@@ -17,6 +17,9 @@ class Storage(Protocol):
 
     url: str
 
+    def within(self, seconds: float) -> Storage:
+        """The same files, where every request ends within ``seconds`` from now. A file system promises nothing."""
+
     def write(self, path: str, data: Buffer) -> None:
         """Write a file that nobody reads yet, durably. Raises FileExistsError where the store can tell."""
 

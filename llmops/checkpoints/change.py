@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llm.checkpoint import leases, retention, tags
 from llm.checkpoint.format import Commit
+from llm.checkpoint.lineage import is_committed
 from llm.checkpoint.retention import CommitInfo, Retention
 from llm.checkpoint.verify import Report
 from llm.checkpoint.verify import verify as read_all
@@ -108,6 +109,12 @@ def verify(target: Target, entry: Entry, progress: Callable[[int], None] | None 
     """Read and check all of a checkpoint. Raises ClusterError where the store does not let it."""
     with told(target.url), reading(target.storage, entry.commit):
         return read_all(target.storage, entry.commit, progress)
+
+
+def is_gone(target: Target, entry: Entry) -> bool:
+    """Whether somebody has removed it since."""
+    with told(target.url):
+        return not is_committed(target.storage, entry.commit)
 
 
 @contextlib.contextmanager

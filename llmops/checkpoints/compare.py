@@ -79,6 +79,6 @@ def differences(
 
 def _parts(survey: Survey, entry: Entry) -> list[PartManifest]:
     if entry.manifest is None:
-        raise ClusterError(f"{survey.target.url}: {entry.problem}")
+        raise ClusterError(f"{survey.target.url}/{entry.commit.path}/{entry.problem}")
     with told(survey.target.url):
         return diff.read_parts(survey.storage, entry.commit, entry.manifest)

@@ -56,6 +56,7 @@ class Survey:
             self.tags, self.unreadable_tags = tags.read_tags(self.storage)
         committed = {look.commit: look for look in looks if look.committed}
         latest = max(committed, default=None)
+        self.resumed_from = self._resumed_from(latest)
         lineage = self._lineage(committed, latest)
         now = time.time()
         self.expired_leases = [each.path for each in held if each.expired(now)]
@@ -75,15 +76,6 @@ class Survey:
     def committed(self) -> list[Entry]:
         """Those that count, whether or not they can be read."""
         return [entry for entry in self.entries if entry.committed]
-
-    @cached_property
-    def resumed_from(self) -> Commit | None:
-        """The commit that the newest attempt began with."""
-        newest = self.run.newest
-        try:
-            return Commit.parse(newest.start.resume_from or "") if newest else None
-        except CheckpointError:
-            return None
 
     @cached_property
     def live(self) -> set[int]:
@@ -153,7 +145,17 @@ class Survey:
         try:
             return Entry(commit, True, size, read_manifest(self.storage, commit))
         except CheckpointError as error:
-            return Entry(commit, True, size, None, str(error))
+            return Entry(commit, True, size, None, str(error).removeprefix(f"{commit.path}/"))
+
+    def _resumed_from(self, latest: Commit | None) -> Commit | None:
+        """The commit that the newest attempt began with, as long as it has not committed anything itself."""
+        newest = self.run.newest
+        if newest is None or (latest is not None and latest.attempt >= newest.number):
+            return None
+        try:
+            return Commit.parse(newest.start.resume_from or "")
+        except CheckpointError:  # from scratch
+            return None
 
     def _lineage(self, committed: dict[Commit, Entry], latest: Commit | None) -> set[Commit]:
         parents: dict[Commit, Commit | None] = {}

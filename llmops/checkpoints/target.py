@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,4 +87,5 @@ def told(url: str) -> Iterator[None]:
         raise UserError(str(error)) from error
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
-        raise ClusterError(reason if url in reason else f"{url}: {reason}") from error
+        kind = UserError if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ClusterError
+        raise kind(reason if url in reason else f"{url}: {reason}") from error

@@ -13,7 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The actions, each with its own arguments."""
     parser.description = "List, check, name and remove the checkpoints of a run."
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, (summary, arguments) in ACTIONS.items():
+    for name, (summary, arguments, _) in ACTIONS.items():
         sub = actions.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         # Also after the action: there people write it.
         sub.add_argument("--runs-url", metavar="URL", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the action says."""
-    code: int = importlib.import_module(f"llmops.cli.ckpt_{MODULES[arguments.action]}").run(arguments)
+    code: int = importlib.import_module(f"llmops.cli.{ACTIONS[arguments.action][2]}").run(arguments)
     return code
 
 
@@ -75,21 +75,39 @@ def _tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delete", action="store_true", help="take the name away")
 
 
+def _save(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ref", metavar="RUN|URL", help=WHERE)
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default: %(default)g)"
+    )
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    from llm.tools.convert import arguments_of_import
+
+    parser.add_argument("source", metavar="SOURCE", help="a directory of torch.distributed.checkpoint or safetensors")
+    parser.add_argument("ref", metavar="RUN|URL", help=f"{WHERE}, which may be new")
+    arguments_of_import(parser)
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    from llm.tools.convert import arguments_of_export
+
+    parser.add_argument("ref", metavar="RUN[@WHICH]", help=f"{WHICH}; default: the newest")
+    parser.add_argument("target", metavar="TARGET", help="path or URL that does not exist yet")
+    arguments_of_export(parser)
+
+
+# Action -> what it does, its arguments, and the module that does it.
 ACTIONS = {
-    "ls": ("list all checkpoints: steps, ages, sizes, tags, and which of them count", _ls),
-    "show": ("show one checkpoint: layout, tensors and state", _show),
-    "verify": ("read and check every byte of a checkpoint", _verify),
-    "diff": ("show how two checkpoints differ", _diff),
-    "gc": ("remove the checkpoints that no rule keeps, and what was left behind", _gc),
-    "rm": ("remove checkpoints", _rm),
-    "tag": ("give a checkpoint a name, which keeps it", _tag),
-}
-MODULES = {
-    "ls": "show",
-    "show": "show",
-    "diff": "show",
-    "verify": "verify",
-    "gc": "remove",
-    "rm": "remove",
-    "tag": "tag",
+    "ls": ("list all checkpoints: steps, ages, sizes, tags, and which of them count", _ls, "ckpt_show"),
+    "show": ("show one checkpoint: layout, tensors and state", _show, "ckpt_show"),
+    "verify": ("read and check every byte of a checkpoint", _verify, "ckpt_verify"),
+    "diff": ("show how two checkpoints differ", _diff, "ckpt_show"),
+    "gc": ("remove the checkpoints that no rule keeps, and what was left behind", _gc, "ckpt_remove"),
+    "rm": ("remove checkpoints", _rm, "ckpt_remove"),
+    "tag": ("give a checkpoint a name, which keeps it", _tag, "ckpt_tag"),
+    "import": ("make a checkpoint of one that torch or Hugging Face wrote", _import, "ckpt_convert"),
+    "export": ("write a checkpoint as torch or Hugging Face read it", _export, "ckpt_convert"),
+    "save": ("ask a run that is training for a checkpoint now, and wait for it", _save, "ckpt_save"),
 }

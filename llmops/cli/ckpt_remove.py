@@ -52,7 +52,9 @@ def rm(arguments: argparse.Namespace) -> int:
         target = resolve(ref, arguments.runs_url)
         if target.selector is None:
             raise UserError(f"{ref}: say which checkpoint, as in {ref}@STEP; `llmops ckpt ls` lists them")
-        survey, removals = chosen.setdefault(target.url, (Survey(target), []))
+        if target.url not in chosen:
+            chosen[target.url] = Survey(target), []
+        survey, removals = chosen[target.url]
         entry = survey.choose(target.selector, uncommitted=True)
         reason = held(survey, entry)
         if reason and not arguments.force:

@@ -8,7 +8,6 @@ import sys
 import time
 from typing import Any
 
-from llmops.checkpoints.compare import differences, page
 from llmops.checkpoints.survey import Entry, Survey, describe
 from llmops.checkpoints.target import resolve
 from llmops.errors import UserError
@@ -44,6 +43,8 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """One checkpoint."""
+    from llmops.checkpoints.compare import page
+
     survey, entry = one(arguments.ref, arguments.runs_url)
     described = page(survey, entry)
     if arguments.json:
@@ -59,6 +60,8 @@ def show(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> int:
     """What differs, a line each."""
+    from llmops.checkpoints.compare import differences
+
     first = one(arguments.one, arguments.runs_url)
     if arguments.two.startswith("@"):
         second = first[0], first[0].choose(arguments.two[1:])

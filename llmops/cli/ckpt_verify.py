@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from llmops.checkpoints.change import verify
+from llmops.checkpoints.change import is_gone, verify
 from llmops.checkpoints.survey import Entry, Survey
 from llmops.checkpoints.target import resolve
 from llmops.errors import UserError
@@ -25,20 +25,28 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = survey.committed if arguments.all else [survey.choose(target.selector)]
     if not chosen:
         raise UserError(f"{target.url} has no committed checkpoints")
-    damaged = 0
+    bad = 0
     with _progress(chosen) as (advance, say):
         for entry in chosen:
             began = time.monotonic()
-            report = verify(target, entry, advance)
+            try:
+                report = verify(target, entry, advance)
+            except UserError as error:
+                if not arguments.all:
+                    raise
+                gone = is_gone(target, entry)
+                bad += not gone
+                say(f"{entry.name}  {'was removed meanwhile' if gone else f'NOT VERIFIED  {clean(str(error))}'}")
+                continue
             rate = size(int(report.bytes / max(time.monotonic() - began, 1e-3)))
-            what = f"{size(report.bytes)}, {report.tensors:,} tensors, {rate}/s"
-            damaged += bool(report.damage)
-            say(f"{entry.name}  {'DAMAGED' if report.damage else 'ok'}  {what}")
+            bad += bool(report.damage)
+            verdict = "DAMAGED" if report.damage else "ok"
+            say(f"{entry.name}  {verdict}  {size(report.bytes)}, {report.tensors:,} tensors, {rate}/s")
             for damage in report.damage:
                 say(f"  {clean(str(damage).removeprefix(f'{entry.commit.path}/'))}")
             for name in report.extra:
                 say(f"  {clean(name)} is no part of it")
-    return 1 if damaged else 0
+    return 1 if bad else 0
 
 
 @contextlib.contextmanager

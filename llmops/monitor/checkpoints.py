@@ -14,6 +14,7 @@ from llmops.monitor.table import PIPED
 from llmops.monitor.text import clean, duration, moment, number
 
 WIDE = 110  # from this many columns on, a table has what one can do without
+LOSSES = ("loss", "evaluation_loss")  # the first that a state has is shown
 TENSORS = 20  # that a page shows unless all are wanted
 PLACES = {"latest": "● latest", "yes": "● yes", "no": "○ no", "-": "· -"}
 ASCII_PLACES = {"latest": "* latest", "yes": "* yes", "no": "o no", "-": "- -"}
@@ -53,15 +54,14 @@ def show(build: Any, console: Console) -> None:
 
 def _list(described: Sequence[Mapping[str, Any]], width: int, ascii_only: bool, now: float) -> Table:
     wide = width >= WIDE
-    table = _table(1 if width < WIDE else 2)
+    table = _table(2 if wide else 1)
     for name in ("STEP", "COMMIT", "LINEAGE"):
         table.add_column(name, no_wrap=True, justify="right" if name == "STEP" else "left")
     for name in ("AGE", "SIZE", "RANKS", *(("LAYOUT",) if wide else ()), "SAVE", "LOSS"):
         table.add_column(name, no_wrap=True, justify="left" if name == "LAYOUT" else "right")
     if wide:
         table.add_column("PARENT", no_wrap=True)
-    table.add_column("NOTES", overflow="fold", ratio=1 if width < PIPED else None)
-    table.expand = width < PIPED
+    table.add_column("NOTES", overflow="fold")
     for each in described:
         place = "latest" if each["latest"] else "yes" if each["lineage"] else "no"
         if each["state"] in ("debris", "unfinished"):
@@ -76,7 +76,7 @@ def _list(described: Sequence[Mapping[str, Any]], width: int, ascii_only: bool, 
             "-" if each["world_size"] is None else str(each["world_size"]),
             *((" ".join(f"{name}={count}" for name, count in mesh.items()) or "-",) if wide else ()),
             "-" if each["seconds"] is None else f"{each['seconds']:.1f}s",
-            number(each["metrics"].get("loss")),
+            number(next((each["metrics"][name] for name in LOSSES if name in each["metrics"]), None)),
             *(((each["parent"] or "-").removeprefix("checkpoints/"),) if wide else ()),
             _notes(each),
         ]
@@ -104,7 +104,7 @@ def render_page(page: Mapping[str, Any], everything: bool, console: Console, now
     shown = names if everything else names[:TENSORS]
     if shown:
         console.out("")
-        show(lambda width, ascii_only: _tensors({name: page["tensors"][name] for name in shown}, width), console)
+        show(lambda width, ascii_only: _tensors({name: page["tensors"][name] for name in shown}), console)
     if len(shown) < len(names):
         console.out(f"and {len(names) - len(shown):,} more: --all shows them", highlight=False)
     console.out("\nstate", highlight=False)
@@ -138,12 +138,11 @@ def _facts(page: Mapping[str, Any], now: float) -> Table:
     return table
 
 
-def _tensors(tensors: Mapping[str, Mapping[str, Any]], width: int) -> Table:
+def _tensors(tensors: Mapping[str, Mapping[str, Any]]) -> Table:
     table = _table(2)
-    table.add_column("TENSOR", overflow="fold", ratio=1 if width < PIPED else None)
+    table.add_column("TENSOR", overflow="fold")
     for name in ("TYPE", "SHAPE", "PLACEMENT", "PIECES", "SIZE"):
         table.add_column(name, no_wrap=True, justify="right" if name in ("PIECES", "SIZE") else "left")
-    table.expand = width < PIPED
     for name, each in tensors.items():
         shape = " x ".join(str(count) for count in each["shape"]) or "scalar"
         cells = (name, each["dtype"], shape, each["placement"] or "-", str(each["pieces"]), size(each["bytes"]))

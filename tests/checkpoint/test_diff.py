@@ -95,8 +95,8 @@ def test_a_file_that_is_missing_or_short_is_damage(storage):
     two = saved(storage, 2, split_rows({"x": values}, 3))
     path = storage.path(one["x"].boxes[1].path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedError, match="rank00001-000.safetensors is cut short"):
+    with pytest.raises(DamagedError, match=r"rank00001-000\.safetensors is cut short"):
         same_values(storage, one["x"], storage, two["x"])
     path.unlink()
-    with pytest.raises(DamagedError, match="rank00001-000.safetensors is missing"):
+    with pytest.raises(DamagedError, match=r"rank00001-000\.safetensors is missing"):
         same_values(storage, one["x"], storage, two["x"])

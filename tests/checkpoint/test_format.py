@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
@@ -28,7 +29,8 @@ from llm.checkpoint.format import (
     part_name,
     seal,
 )
-from llm.checkpoint.lineage import ancestors, read_manifest, read_part
+from llm.checkpoint.lineage import read_manifest, read_part
+from llm.checkpoint.retention import chain
 from llm.utils.local_storage import LocalStorage
 from tests.checkpoint.maker import make_commit, split_rows
 
@@ -37,7 +39,7 @@ COMMIT = Commit(attempt=2, generation=1, step=100)
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The bytes of a commit's manifest, and of the part of its rank 1: two files, a tensor in pieces, one without values."""
+    """The bytes of a commit's manifest, and of the part of its rank 1: files, pieces, an empty one."""
     storage = LocalStorage(tmp_path_factory.mktemp("run"))
     tensors = {"w": np.arange(3000, dtype=np.float32).reshape(100, 30), "b": np.zeros((0, 4), np.int8)}
     held = split_rows(tensors, 2)
@@ -78,7 +80,7 @@ def test_a_manifest_cut_or_flipped_anywhere_is_damaged(good, data):
         open_manifest(bytes(flipped), COMMIT)
     entry = PartEntry(sha256=hashlib.sha256(part).hexdigest(), bytes=12345)
     cut = data.draw(st.integers(0, len(part) - 1))
-    with pytest.raises(DamagedError, match="parts/00001.12345"):
+    with pytest.raises(DamagedError, match=r"parts/00001\.12345"):
         open_part(part[:cut], COMMIT, 1, entry)
 
 
@@ -116,18 +118,19 @@ for _ in range(500):
         ({"parent": "checkpoints/step_00000001/0003-0000"}, "descends from"),
         ({"parent": f"checkpoints/step_{'9' * 5000}/0001-0000"}, "descends from"),
         ({"state": []}, "is damaged"),
-        ({"state": {"deep": DEEP}}, ""),
         ({"format": 1}, "has format 1"),
         ({"format": "2"}, "is damaged"),
     ],
 )
 def test_a_manifest_that_lies(good, changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
-        # Records that are well-formed although odd are allowed; then this says so.
-        opened = open_manifest(reseal(good[0], **changes), COMMIT)
-        assert set(changes) == {"state"}
-        raise CheckpointError(opened.commit.path)
-    assert isinstance(caught.value, DamagedError) or "format" in changes or not message
+        open_manifest(reseal(good[0], **changes), COMMIT)
+    assert isinstance(caught.value, DamagedError) or "format" in changes
+
+
+def test_a_state_may_be_as_odd_as_it_likes(good):
+    state = {"": None, "deep": DEEP, "big": 2**70, "../..": "/etc/passwd", "\x1b[2J": "\n"}
+    assert open_manifest(reseal(good[0], state=state), COMMIT).state == state
 
 
 def test_nesting_without_end_is_damage(good):
@@ -172,7 +175,6 @@ PIECE = ("tensors", "w", "pieces", 0)
         (put("files", 0, "header", value=-8), "is damaged"),
         (put("files", 0, "header_crc32c", value=2**32), "is damaged"),
         (put("files", 0, "bytes", value=2**62), "is damaged"),
-        (put("files", 0, "bytes", value=2**61), "w"),  # the file itself will prove to be shorter; no piece is moved
         (put("files", value=[]), "in file 0 of 0"),
         (put("tensors", "w", "dtype", value="F31"), "unknown type"),
         (put("tensors", "w", "dtype", value="F64"), "at bytes"),
@@ -194,18 +196,20 @@ PIECE = ("tensors", "w", "pieces", 0)
         (put(*PIECE, "crc32c", value="AAAA"), "not base64"),
         (put(*PIECE, "crc32c", value="\u00e4"), "not base64"),
         (put(*PIECE, "crc32c", value="AAAAAAAAAAA="), "2 checksums"),
-        (put(*PIECE, "file", value=1), "w"),
+        (put(*PIECE, "file", value=1), "at bytes|overlap"),
         (put("tensors", value=[]), "is damaged"),
     ],
 )
 def test_a_part_that_lies(good, edit, message):
     data, entry = change(good[1], edit)
-    if "2305843009213693952" in data.decode() and '"bytes":2305843009213693952' in data.decode():
-        # Only the file can tell: nothing is allocated by this number, and whoever reads it finds the file too short.
-        assert open_part(data, COMMIT, 1, entry).files[0].bytes == 2**61
-        return
     with pytest.raises(CheckpointError, match=message):
         open_part(data, COMMIT, 1, entry)
+
+
+def test_a_file_of_giant_size_is_not_believed_but_costs_nothing(good):
+    """Only the file can tell. Nothing is allocated by this number, and whoever reads it finds the file too short."""
+    data, entry = change(good[1], put("files", 0, "bytes", value=2**61))
+    assert open_part(data, COMMIT, 1, entry).files[0].bytes == 2**61
 
 
 def test_pieces_that_overlap_are_damage(good):
@@ -244,31 +248,26 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_anything_anywhere_is_refused_or_obeys_the_rules(good, data):
-    """Whatever value stands wherever: either it is refused in one line, or every range lies where it must."""
+    """Whatever value stands wherever: either it is refused, or every range lies where it must."""
     record = msgspec.json.decode(good[1])
     path = data.draw(st.sampled_from([each for each in paths(record) if each]))
-    part, entry = change(good[1], put(*path, value=data.draw(JSON))) if path[0] != "files" else (b"", None)
-    if entry is None:
-        put(*path, value=data.draw(JSON))(record)
-        part = msgspec.json.encode(record)
-        entry = PartEntry(sha256=hashlib.sha256(part).hexdigest(), bytes=data.draw(st.integers(0, 20000)))
-    try:
-        opened = open_part(part, COMMIT, 1, entry)
-    except CheckpointError as error:
-        assert (
-            "\n" not in str(error).replace(repr(error), "") or path
-        )  # text of the manifest is cleaned where it is shown
-        return
-    check_rules(opened, entry)
+    put(*path, value=data.draw(JSON))(record)
+    part = msgspec.json.encode(record)
+    total = data.draw(st.sampled_from([sum(file.bytes for file in opened(good[1]).files), 0, 1, 2**61]))
+    entry = PartEntry(sha256=hashlib.sha256(part).hexdigest(), bytes=total)
+    with contextlib.suppress(CheckpointError):
+        check_rules(open_part(part, COMMIT, 1, entry), entry)
     manifest = msgspec.json.decode(good[0])
     path = data.draw(st.sampled_from([each for each in paths(manifest) if each]))
     put(*path, value=data.draw(JSON))(manifest)
-    try:
+    with contextlib.suppress(CheckpointError):
         changed = open_manifest(reseal(msgspec.json.encode(manifest)), COMMIT)
-    except (CheckpointError, KeyError):
-        return
-    assert changed.commit == COMMIT
-    assert len(changed.parts) == changed.world_size
+        assert changed.commit == COMMIT
+        assert len(changed.parts) == changed.world_size
+
+
+def opened(part: bytes) -> PartManifest:
+    return msgspec.json.decode(part, type=PartManifest)
 
 
 def check_rules(part: PartManifest, entry: PartEntry) -> None:
@@ -338,7 +337,7 @@ def test_parents_in_a_circle_end(tmp_path):
     second = make_commit(storage, 20, tensors, attempt=1, parent=first.path)
     with pytest.raises(DamagedError, match="descends from"):
         read_manifest(storage, first)
-    assert ancestors(storage, second, read_manifest(storage, second)) == [second]
+    assert chain(storage, second)[-1] == second
 
 
 def test_a_commit_is_read_only_as_itself(tmp_path):

@@ -177,8 +177,7 @@ class Simulated:
     def roll_back(self, attempt, index):
         if chain := self.chains[attempt]:
             del chain[index % len(chain) + 1 :]
-            step, generation, last = self.position[attempt]
-            self.position[attempt] = (chain[-1].step, generation, last)
+            self.position[attempt] = (chain[-1].step, *self.position[attempt][1:])
 
 
 @settings(max_examples=200, deadline=None)

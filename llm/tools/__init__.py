@@ -1,0 +1,1 @@
+"""Programs beside the training: checkpoints of other formats come in and go out."""

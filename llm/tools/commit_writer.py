@@ -1,0 +1,199 @@
+"""Writing a checkpoint that is not in memory, one file after the other, as one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import mmap
+import queue
+import secrets
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import torch
+from crc32c import crc32c
+from torch import Tensor
+
+from llm.checkpoint.format import (
+    FORMAT,
+    ITEMSIZE,
+    MANIFEST,
+    CheckpointError,
+    Commit,
+    DataFile,
+    Manifest,
+    PartEntry,
+    PartManifest,
+    Piece,
+    block_size,
+    pack_checksums,
+    part_name,
+    seal,
+)
+from llm.checkpoint.format import Tensor as Saved
+from llm.checkpoint.image import Box, FileImage, lay_out
+from llm.checkpoint.lineage import folders, is_committed
+from llm.tools.source import Item
+from llm.train.pieces import DTYPES
+from llm.utils.local_storage import LocalStorage
+from llm.utils.storage import Storage
+
+# Bytes of a file, and how many are in memory at a time: one is filled while the others are written.
+FILE, FILES = 64 << 20, 4
+LOCAL_FILE, LOCAL_FILES = 256 << 20, 2
+MARK = "importing"  # only one import writes to a folder
+
+
+def next_commit(storage: Storage, step: int) -> tuple[Commit, Commit | None]:
+    """(name for a checkpoint that comes from elsewhere, its parent): what the run would resume from then.
+
+    The parent is the newest commit, if it is older by its step; nobody follows a lineage that goes back in time.
+    """
+    taken = folders(storage)
+    if not taken:
+        return Commit(attempt=0, generation=0, step=step), None
+    commit = Commit(attempt=taken[-1].attempt, generation=taken[-1].generation + 1, step=step)
+    newest = next((each for each in reversed(taken) if is_committed(storage, each)), None)
+    return commit, newest if newest is not None and newest.step < step else None
+
+
+def write_commit(
+    storage: Storage,
+    commit: Commit,
+    parent: Commit | None,
+    items: Sequence[Item],
+    state: dict[str, Any],
+    advance: Callable[[int], None],
+) -> Manifest:
+    """Write and commit what ``items`` give when they are asked. ``advance`` is told the bytes that were read.
+
+    Memory: 512 MiB of files (256 MiB for a store) and the largest item. When it fails, nothing was committed and what
+    was written is removed. Raises CheckpointError and OSError, also those of the items.
+    """
+    began = time.time()
+    try:
+        storage.create(f"{commit.path}/{MARK}", secrets.token_bytes(16))
+    except FileExistsError:
+        raise CheckpointError(f"another import is writing {commit.path} in {storage.url}") from None
+    try:
+        part = _write_part(storage, commit, items, advance)
+        manifest = Manifest(
+            format=FORMAT,
+            step=commit.step,
+            attempt=commit.attempt,
+            generation=commit.generation,
+            time=time.time(),
+            seconds=time.time() - began,
+            world_size=1,
+            mesh={"ranks": 1},
+            parent=None if parent is None else parent.path,
+            code="",
+            parts=[part],
+            state=state,
+        )
+        storage.remove(f"{commit.path}/{MARK}")
+        storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
+    except BaseException:
+        with contextlib.suppress(OSError):  # it was never committed, and `llmops ckpt gc` removes it
+            storage.remove_folder(commit.path)
+        raise
+    return manifest
+
+
+def _write_part(storage: Storage, commit: Commit, items: Sequence[Item], advance: Callable[[int], None]) -> PartEntry:
+    local = isinstance(storage, LocalStorage)
+    boxes = [item.box for item in items]
+    images = lay_out(boxes, 0, LOCAL_FILE if local else FILE)
+    count = min(LOCAL_FILES if local else FILES, len(images))
+    size = max((image.size for image in images), default=0)
+    free: queue.Queue[mmap.mmap] = queue.Queue()
+    for _ in range(count):
+        free.put(mmap.mmap(-1, size))
+    values = _Values(items)
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        written: list[Future[tuple[DataFile, list[tuple[str, Saved]]]]] = []
+        for index, image in enumerate(images):
+            buffer = free.get()  # every write gives its buffer back, and the store bounds every write
+            _check(written)
+            advance(_fill(buffer, boxes, image, values))
+            data = memoryview(buffer)[: image.size]
+            future = pool.submit(_write_file, storage, commit, boxes, image, index, data)
+            future.add_done_callback(lambda _, buffer=buffer: free.put(buffer))  # type: ignore[misc]
+            written.append(future)
+        done = [future.result() for future in written]
+    tensors: dict[str, Saved] = {}
+    for _, pieces in done:
+        for name, tensor in pieces:
+            tensors.setdefault(name, msgspec.structs.replace(tensor, pieces=[])).pieces.extend(tensor.pieces)
+    part = PartManifest(format=FORMAT, rank=0, files=[file for file, _ in done], tensors=tensors, rng={})
+    sealed = msgspec.json.encode(part)
+    entry = PartEntry(sha256=hashlib.sha256(sealed).hexdigest(), bytes=sum(file.bytes for file in part.files))
+    storage.create(f"{commit.path}/{part_name(0, entry.bytes, entry.sha256)}", sealed)
+    return entry
+
+
+def _check(written: Sequence[Future[Any]]) -> None:
+    """Raise what a write has failed with."""
+    for future in written:
+        if future.done():
+            future.result()
+
+
+class _Values:
+    """The values of items. The last one is kept: a tensor larger than a file is asked for several times in a row."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.number, self.last = -1, torch.empty(0)
+
+    def get(self, number: int) -> Tensor:
+        if number != self.number:
+            self.last = torch.empty(0)  # before the next is read
+            self.last, self.number = self.items[number].read(), number
+        return self.last
+
+
+def _fill(buffer: mmap.mmap, boxes: Sequence[Box], image: FileImage, values: _Values) -> int:
+    """Put a file together; returns the bytes of its values."""
+    buffer[: len(image.header)] = image.header
+    for slot in image.slots:
+        dtype = boxes[slot.box].dtype
+        size = math.prod(slot.shape) * ITEMSIZE[dtype]
+        if not size:
+            continue
+        cut = tuple(slice(at, at + count) for at, count in zip(slot.within, slot.shape, strict=True))
+        target = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=slot.begin)
+        target.view(DTYPES[dtype]).view(slot.shape).copy_(values.get(slot.box)[cut])
+    return image.size - len(image.header)
+
+
+def _write_file(
+    storage: Storage, commit: Commit, boxes: Sequence[Box], image: FileImage, index: int, data: memoryview
+) -> tuple[DataFile, list[tuple[str, Saved]]]:
+    described = list(_pieces(boxes, image, index, data))
+    storage.write(f"{commit.path}/{image.name}", data)
+    header = len(image.header)
+    return DataFile(name=image.name, bytes=image.size, header=header, header_crc32c=crc32c(image.header)), described
+
+
+def _pieces(boxes: Sequence[Box], image: FileImage, index: int, data: memoryview) -> Iterator[tuple[str, Saved]]:
+    """What lies in a file, with its checksums."""
+    for slot in image.slots:
+        box = boxes[slot.box]
+        size = math.prod(slot.shape) * ITEMSIZE[box.dtype]
+        block, end = block_size(size), slot.begin + size
+        sums = array("I", (crc32c(data[at : min(at + block, end)]) for at in range(slot.begin, end, block)))
+        piece = Piece(
+            offset=[a + b for a, b in zip(box.offset, slot.within, strict=True)],
+            shape=slot.shape,
+            file=index,
+            begin=slot.begin,
+            block=block,
+            crc32c=pack_checksums(sums),
+        )
+        yield box.name, Saved(dtype=box.dtype, shape=box.shape, pieces=[piece])

@@ -1,0 +1,273 @@
+"""``python -m llm.tools.convert import|export``: checkpoints of other formats come in and go out.
+
+Exit codes: 0 done, 1 something is damaged or a store did not answer, 2 what was given cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llm.checkpoint.format import CheckpointError, Commit, DamagedError
+from llm.checkpoint.lineage import newest_commit
+from llm.utils.config import ConfigError, TrainingConfig, load
+from llm.utils.storage import Storage, open_storage
+
+CONFIG = "config.yaml"
+FORMATS = ("dcp", "torch", "hf")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STEPS = ("step", "global_step", "iteration")  # the last part of the names under which others keep the step
+SHOWN = 10
+
+
+def arguments_of_import(parser: argparse.ArgumentParser) -> None:
+    """How to read what comes in."""
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint's step (default: what SOURCE says)")
+    parser.add_argument(
+        "--map",
+        choices=("auto", "llama", "none"),
+        default="auto",
+        help="auto: give the names of our model to a Llama of torchtitan or Hugging Face; llama: refuse anything else",
+    )
+    parser.add_argument("--heads", type=int, metavar="H", help="query heads (default: what the run's config.yaml says)")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out values that cannot be read without running code"
+    )
+
+
+def arguments_of_export(parser: argparse.ArgumentParser) -> None:
+    """What goes out, and how."""
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="dcp: for torch.distributed.checkpoint; torch: one file; hf: the weights, for transformers",
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="PREFIX", help="tensors whose names begin so (dcp, torch); may be repeated"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (hf; default: as saved)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.tools.convert", description="Checkpoints of other formats come in and go out."
+    )
+    parser.add_argument("--prog", default="convert", help=argparse.SUPPRESS)  # whose errors they are
+    actions = parser.add_subparsers(dest="action", required=True)
+    coming = actions.add_parser("import")
+    coming.add_argument(
+        "source", help="a directory of torch.distributed.checkpoint or of safetensors files: path or URL"
+    )
+    coming.add_argument("run_url", help="run directory: path or URL")
+    arguments_of_import(coming)
+    going = actions.add_parser("export")
+    going.add_argument("run_url", help="run directory: path or URL")
+    going.add_argument("target", help="path or URL that does not exist yet")
+    going.add_argument("--commit", help="checkpoints/step_.../... (default: the newest)")
+    arguments_of_export(going)
+    options = parser.parse_args(argv)
+
+    def complain(message: str, code: int) -> int:
+        """Say on one line what is wrong, whatever names it quotes."""
+        print(f"{options.prog}: error: {re.sub(r'[^ -~]+', ' ', ' '.join(message.split()))}", file=sys.stderr)
+        return code
+
+    try:
+        run_import(options) if options.action == "import" else run_export(options)
+        return 0
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy"):
+            raise
+        return complain(f"{error.name} is not installed here: pip install 'llmops[train]'", 2)
+    except DamagedError as error:
+        return complain(str(error), 1)
+    except (CheckpointError, ConfigError) as error:
+        return complain(str(error), 2)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        return complain(reason, 1)
+
+
+def run_import(options: argparse.Namespace) -> None:
+    """A checkpoint of ours from another format."""
+    import torch  # noqa: F401 - to say at once that it is missing
+
+    from llm.tools.commit_writer import next_commit, write_commit
+    from llm.tools.renaming import rename
+
+    storage = open_storage(_absolute(options.run_url))
+    config = _config(storage)
+    if options.heads is not None and options.heads < 1:
+        raise CheckpointError(f"--heads {options.heads}: give the number of query heads")
+    heads = options.heads or (config.model.n_heads if config else None)
+    source = _open(open_storage(_absolute(options.source)))
+    if source.unreadable and not options.skip_unreadable:
+        raise CheckpointError(
+            f"{options.source}: {_few(source.unreadable)} cannot be read without running code that is stored there; "
+            "--skip-unreadable leaves them out"
+        )
+    names = rename(source, options.map, heads, bool(config and config.model.tie_embeddings))
+    if not source.items:
+        raise CheckpointError(f"{options.source} holds no tensors")
+    _refuse_duplicates(source.items, options.source)
+    step = _step(options, source)
+    state = {**(source.state or _state_of(options.source, source, names)), "step": step}
+    commit, parent = next_commit(storage, step)
+    with _progress("importing") as (expect, advance):
+        expect(sum(item.box.bytes for item in source.items))
+        manifest = write_commit(storage, commit, parent, source.items, state, advance)
+    count = len({item.box.name for item in source.items})
+    print(f"imported {commit.path}: {count} tensors, {manifest.bytes / 1e6:,.1f} MB, {names}")
+    if source.unreadable:
+        print(f"left out {len(source.unreadable)}: {_few(source.unreadable)}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """A checkpoint of ours in another format."""
+    import torch  # noqa: F401 - to say at once that it is missing
+
+    from llm.tools.dcp_export import export_dcp
+    from llm.tools.export import export_torch, opened
+    from llm.tools.hf_export import export_hf
+
+    if options.format == "hf" and options.only:
+        raise CheckpointError("--only is for --format dcp and torch: hf has the weights of the model, and all of them")
+    if options.format != "hf" and options.dtype:
+        raise CheckpointError("--dtype is for --format hf: the others hold exactly what was saved")
+    storage = open_storage(_absolute(options.run_url))
+    commit = Commit.parse(options.commit) if options.commit else newest_commit(storage)
+    if commit is None:
+        raise CheckpointError(f"{storage.url} holds no committed checkpoint")
+    config = _config(storage) if options.format == "hf" else None
+    if options.format == "hf" and config is None:
+        raise CheckpointError(f"{storage.url} has no {CONFIG}, which tells the shape of the model")
+    target = _absolute(options.target)
+    with _progress("exporting") as (expect, advance), opened(storage, commit, advance) as source:
+        wanted = tuple(options.only or ("model." if config else "",))
+        names = [name for name in source.tensors if name.startswith(wanted)]
+        if not names:
+            raise CheckpointError(f"{commit.path} has no tensor whose name begins with {' or '.join(wanted)}")
+        expect(source.bytes(names))
+        if config is not None:
+            export_hf(source, config.model, DTYPES.get(options.dtype), target)
+        elif options.format == "dcp":
+            export_dcp(source, names, target)
+        else:
+            export_torch(source, names, target)
+    print(f"exported {commit.path} to {target}: {len(names)} tensors, {source.bytes(names) / 1e6:,.1f} MB")
+
+
+def _open(storage: Storage) -> Any:
+    from llm.tools.dcp_import import open_dcp
+    from llm.tools.dcp_metadata import METADATA
+    from llm.tools.hf_import import SUFFIX, open_hf
+
+    sizes = storage.sizes("")
+    try:
+        return open_dcp(storage)
+    except FileNotFoundError:
+        pass
+    if any(name.endswith(SUFFIX) for name in sizes):
+        return open_hf(storage, sizes)
+    if any(name.endswith(METADATA) for name in sizes):
+        raise CheckpointError(f"{storage.url} was saved without collectives, one {METADATA} a rank: save it with them")
+    raise CheckpointError(f"{storage.url} is no checkpoint: it has neither {METADATA} nor *{SUFFIX}")
+
+
+def _config(storage: Storage) -> TrainingConfig | None:
+    return load(f"{storage.url}/{CONFIG}") if CONFIG in storage.list("") else None
+
+
+def _step(options: argparse.Namespace, source: Any) -> int:
+    """The step that was asked for, or that the source has; else what its folder is called, as in step-100."""
+    from llm.tools.dcp_import import to_json
+
+    found = {value for name, value in source.values.items() if _says_step(name) and type(value) is int}
+    for item in source.items:
+        if not item.box.shape and _says_step(item.box.name):
+            found.add(to_json(item.read()))
+    folder = re.fullmatch(r".*?(?:step|iter)[-_]?0*(\d{1,17})", options.source.rstrip("/").rpartition("/")[2])
+    candidates = [options.step, (source.state or {}).get("step")]
+    candidates += found if len(found) == 1 else []
+    candidates += [int(folder[1])] if folder else []
+    for step in candidates:
+        if isinstance(step, int | float) and not isinstance(step, bool):
+            if not 0 <= step < 10**17 or step != int(step):
+                raise CheckpointError(f"{step} cannot be a step: give --step N")
+            return int(step)
+    if source.format == "hf":
+        return 0
+    raise CheckpointError(f"{options.source} does not say of which step it is: give --step N")
+
+
+def _says_step(name: str) -> bool:
+    return name.rpartition(".")[2] in STEPS and not name.startswith(("optimizer.state.", "optim.state."))
+
+
+def _state_of(given: str, source: Any, names: str) -> dict[str, Any]:
+    """The state of a checkpoint that is not of our training."""
+    return {
+        "imported": {
+            "from": given,
+            "format": source.format,
+            "names": names,
+            "left_out": source.unreadable,
+            "values": source.values,
+        }
+    }
+
+
+def _refuse_duplicates(items: list[Any], given: str) -> None:
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for item in items:
+        key = item.box.name, tuple(item.box.offset)
+        if key in seen:
+            raise CheckpointError(f"{given}: two tensors would be called {item.box.name}")
+        seen.add(key)
+
+
+def _absolute(given: str) -> str:
+    """A path or URL without what only a shell knows."""
+    from pathlib import Path
+
+    return given.rstrip("/") if "://" in given else str(Path(given).expanduser().absolute())
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """(say how many bytes there are, count some): with a bar on a terminal, and without one elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda total: None, lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda total: bar.update(task, total=total), lambda count: bar.advance(task, count)
+
+
+def entry() -> None:
+    """The program: a stop request ends it as Ctrl-C does, so that nothing half done stays."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()
