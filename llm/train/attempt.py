@@ -37,7 +37,8 @@ def run_attempt(
         if rank == 0:
             metrics.open(storage, attempt)
         saving = config.checkpoint
-        checkpointer = Checkpointer(storage, world, attempt, generation, retention(saving), saving.save_seconds)
+        keep, code = retention(saving), os.environ.get("LLMOPS_CODE", "")
+        checkpointer = Checkpointer(storage, world, attempt, generation, keep, saving.save_seconds, code)
         trainer = Trainer(config, world, storage, control, metrics, checkpointer, resume)
         metrics.write("phase", phase="loaded", step=trainer.step)
         return trainer.run()

@@ -69,6 +69,7 @@ class Checkpointer:
         self.attempt, self.generation = attempt, generation
         self.chain: list[Commit] = []  # rank 0: the commits that lead to the present state, oldest first
         self.blocked_s = 0.0  # what the last save cost the training: waiting for the one before, and copying
+        self.waited_s = 0.0  # of that, waiting
         self.bytes = 0  # of a checkpoint
         self.pieces: list[LocalPiece] = []
         self.saver = Saver(storage.url, world.rank, Staging(world.device))
@@ -124,6 +125,7 @@ class Checkpointer:
         """
         began = time.perf_counter()
         self._note(self.saver.wait())
+        self.waited_s = time.perf_counter() - began
         if step <= self._last_step:  # a rollback, or a save that failed: what is there is never written again
             self.generation += 1
         self._last_step = step

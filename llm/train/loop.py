@@ -235,7 +235,8 @@ class Trainer:
         commit = self.checkpointer.save(self.step, state, self.metrics.hand_over() if self.world.rank == 0 else None)
         self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
-        self.metrics.write("phase", phase="staged", step=self.step, seconds=self.checkpointer.blocked_s)
+        blocked, waited = self.checkpointer.blocked_s, self.checkpointer.waited_s
+        self.metrics.write("phase", phase="staged", step=self.step, seconds=blocked, waited_s=waited)
         if wait:
             self.control.heartbeat("commit")
             self.note(self.checkpointer.wait())

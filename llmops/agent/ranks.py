@@ -77,6 +77,7 @@ def environment(
             "LLMOPS_RUN_URL": spec["run_url"],
             "LLMOPS_ATTEMPT": str(attempt["number"]),
             "LLMOPS_RESUME_FROM": attempt["resume_from"] or "",
+            "LLMOPS_CODE": os.path.basename(spec["code_archive"] or "").split(".")[0],  # the snapshot's digest
             "LLMOPS_CONTROL_DIR": control,
             MARKER: agent_id,
         }
