@@ -88,21 +88,28 @@ class Bench:
         """A step that was never saved."""
         return next(self._names)
 
-    def compare(self, row: str, contestants: Contestants, bar: float, size: int = 0, rounds: int = 0) -> None:
-        """Let them take turns; the first is what the others are measured against, and ``bar`` is for us."""
+    def compare(
+        self, row: str, contestants: Contestants, bar: float, size: int, rounds: int = 0, slow: str | None = None
+    ) -> None:
+        """Let them take turns; the first is what the others are measured against, and ``bar`` is for us.
+
+        ``size`` is in bytes. ``slow`` has a turn in the first round alone.
+        """
         taken: dict[str, list[float]] = {name: [] for name in contestants}
         names = list(contestants)
         rounds = rounds or self.rounds
         for turn in range(rounds + 1):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if name == slow and turn != 1:
+                    continue
                 with self.console.status(f"{row}: round {turn} of {rounds}, {name}"):
                     seconds = contestants[name](turn)
                 if turn:  # the first warms up whatever can be warm
                     taken[name].append(seconds)
         first = taken[names[0]]
         for name in names:
-            ratios = [a / b for a, b in zip(taken[name], first, strict=True)]
-            note = f"{size / statistics.median(taken[name]) / 1e6:.0f} MB/s" if size else ""
+            ratios = [a / b for a, b in zip(taken[name], first, strict=False)]
+            note = f"{size / statistics.median(taken[name]) / 1e6:.0f} MB/s"
             self.add(row, name, taken[name], ratios, bar if name == OURS else None, note=note)
 
     def add(

@@ -33,7 +33,7 @@ def reach(rank: Rank, environment: dict[str, str]) -> None:
 def open_run(rank: Rank, url: str) -> None:
     """A run directory for what follows. Its staging buffer is warm, as it is when a run comes to its first save."""
     shut(rank)
-    checkpointer = Checkpointer(open_storage(url), rank.world, 0, 0, Retention(keep_last=1), LIMIT_S)
+    checkpointer = Checkpointer(open_storage(url), rank.world, 0, 0, Retention(), LIMIT_S)
     checkpointer.attach(rank.state)
     checkpointer.saver.staging._settle()
     rank.kept["ours"] = checkpointer

@@ -50,14 +50,15 @@ class FileImage(msgspec.Struct, frozen=True, kw_only=True):
     slots: list[Slot]
 
 
-def lay_out(boxes: Sequence[Box], rank: int, file_bytes: int) -> list[FileImage]:
+def lay_out(boxes: Sequence[Box], rank: int, file_bytes: int, count: int = 1) -> list[FileImage]:
     """The files of ``rank``, none with more than ``file_bytes`` of data unless a single value is bigger.
 
+    They are at most ``count`` and as even as whole tensors allow, or more where ``file_bytes`` is too little for that.
     Boxes are sorted by the size of their type, which keeps all of them aligned without gaps.
     """
     files: list[FileImage] = []
     position = 0
-    for slots in _batches(boxes, file_bytes):
+    for slots in _batches(boxes, file_bytes, count):
         image = _image(boxes, slots, file_name(rank, len(files)), position)
         files.append(image)
         position += -(-image.size // PAGE) * PAGE
@@ -86,21 +87,47 @@ def split(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[tuple[lis
             yield [index, *offset], [1, *inner]
 
 
-def _batches(boxes: Sequence[Box], file_bytes: int) -> Iterator[list[Slot]]:
+def _batches(boxes: Sequence[Box], file_bytes: int, count: int) -> Iterator[list[Slot]]:
     """Slots of one file after the other; ``begin`` counts from the first byte of data."""
+    mean = -(-sum(box.bytes for box in boxes) // count)
+    parts = [
+        (index, within, shape)
+        for index in sorted(range(len(boxes)), key=lambda each: -ITEMSIZE[boxes[each].dtype])
+        for within, shape in split(boxes[index].local_shape, ITEMSIZE[boxes[index].dtype], min(file_bytes, mean))
+    ]
+    sizes = [math.prod(shape) * ITEMSIZE[boxes[index].dtype] for index, _, shape in parts]
+    limit = _even(sizes, mean, file_bytes, count)
     batch: list[Slot] = []
     filled = 0
-    for index in sorted(range(len(boxes)), key=lambda each: -ITEMSIZE[boxes[each].dtype]):
-        itemsize = ITEMSIZE[boxes[index].dtype]
-        for within, shape in split(boxes[index].local_shape, itemsize, file_bytes):
-            size = math.prod(shape) * itemsize
-            if batch and filled + size > file_bytes:
-                yield batch
-                batch, filled = [], 0
-            batch.append(Slot(box=index, within=within, shape=shape, begin=filled))
-            filled += size
+    for (index, within, shape), size in zip(parts, sizes, strict=True):
+        if batch and filled + size > limit:
+            yield batch
+            batch, filled = [], 0
+        batch.append(Slot(box=index, within=within, shape=shape, begin=filled))
+        filled += size
     if batch:
         yield batch
+
+
+def _even(sizes: Sequence[int], least: int, most: int, count: int) -> int:
+    """The lowest limit from ``least`` on that fills at most ``count`` files in the order of ``sizes``, or ``most``."""
+
+    def filled(limit: int) -> int:
+        files, room = 0, 0
+        for size in sizes:
+            if not files or size > room:
+                files, room = files + 1, limit
+            room -= size
+        return files
+
+    if least >= most or filled(most) > count:
+        return most
+    if filled(least) <= count:
+        return least
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if filled(middle) <= count else (middle + 1, most)
+    return most
 
 
 def _image(boxes: Sequence[Box], slots: Sequence[Slot], name: str, position: int) -> FileImage:

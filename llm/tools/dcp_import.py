@@ -94,7 +94,10 @@ def _tensor(storage: Storage, name: str, tensor: SavedTensor, chunk: Chunk) -> T
 def _load(storage: Storage, name: str, place: Place) -> Any:
     """What torch.save wrote there, through torch's restricted unpickler. Raises CheckpointError."""
     where = f"{storage.url}/{place.file}: {name} at bytes {place.offset} to {place.offset + place.length}"
-    stream: _Stream = _Slice(storage, place) if isinstance(storage, LocalStorage) else _whole(storage, place)
+    try:
+        stream: _Stream = _Slice(storage, place) if isinstance(storage, LocalStorage) else _whole(storage, place)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: the file is missing") from None
     try:
         # Nothing in it is compressed: a small file cannot claim all memory.
         with zipfile.ZipFile(stream) as archive:
@@ -103,11 +106,11 @@ def _load(storage: Storage, name: str, place: Place) -> Any:
             raise CheckpointError(f"{where} claims {claimed} bytes")
         stream.seek(0)
         return torch.load(cast(IO[bytes], stream), map_location="cpu", weights_only=True)
-    except (OSError, CheckpointError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise CheckpointError(f"{where}: the file is missing") from error
+    except CheckpointError:
         raise
     except Exception as error:  # a broken file can make torch raise anything
+        if stream.failure is not None:  # zipfile takes it for a broken archive
+            raise stream.failure from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{where} cannot be read: {lines[0][:300]}") from error
 
@@ -117,6 +120,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, length: int) -> None:
         self.length, self.position = length, 0
+        self.failure: OSError | None = None
 
     def fetch(self, begin: int, view: memoryview) -> int:
         """Fill ``view`` with the bytes from ``begin`` on."""
@@ -152,9 +156,14 @@ class _Slice(_Stream):
     def __init__(self, storage: LocalStorage, place: Place) -> None:
         super().__init__(place.length)
         self.storage, self.place = storage, place
+        storage.read_into(place.file, place.offset, memoryview(bytearray(1)))  # is it there?
 
     def fetch(self, begin: int, view: memoryview) -> int:
-        return self.storage.read_into(self.place.file, self.place.offset + begin, view)
+        try:
+            return self.storage.read_into(self.place.file, self.place.offset + begin, view)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 class _Memory(_Stream):

@@ -172,7 +172,9 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """In Python, since the one in C reserves as many gigabytes as a number in the file tells it to."""
+
     def __init__(self, stream: io.BytesIO, path: str) -> None:
         super().__init__(stream)
         self.path = path

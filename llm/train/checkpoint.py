@@ -36,8 +36,8 @@ from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage
 
 # An object is sent in one request: small enough to be sent again, and enough of them to fill all connections.
-FILES = 16
-MIN_FILE, MAX_FILE = 8 << 20, 64 << 20
+FILE, MIN_FILE, MAX_FILE = 12 << 20, 1 << 20, 64 << 20
+FILES = 8  # as many as a writer sends at the same time, and a multiple of that: no connection is left over
 LOCAL_FILE = 1 << 30  # on a file system each file costs an fsync
 
 
@@ -99,10 +99,10 @@ class Checkpointer:
         mine = sorted(saves.get(self.world.rank, ()))
         self._saved = [self.pieces[index].data for index in mine]
         boxes = [boxes[index] for index in mine]
-        limit = LOCAL_FILE
+        limit, count = LOCAL_FILE, 1
         if not isinstance(self.storage, LocalStorage):
-            limit = min(max(sum(box.bytes for box in boxes) // FILES, MIN_FILE), MAX_FILE)
-        files = lay_out(boxes, self.world.rank, limit)
+            limit, count = MAX_FILE, _files(sum(box.bytes for box in boxes))
+        files = lay_out(boxes, self.world.rank, limit, count)
         self.saver.set_layout(Layout(size=staging_bytes(files), boxes=boxes, files=files))
 
     def check_store(self) -> None:
@@ -250,6 +250,12 @@ class Checkpointer:
         self.world.raise_together(failure, f"cannot look for an earlier checkpoint in {self.storage.url}")
         path = self.world.bytes_from_first(data).decode()
         return Commit.parse(path) if path else None
+
+
+def _files(size: int) -> int:
+    """How many objects ``size`` bytes become."""
+    file = min(max(size // (2 * FILES), FILE), MAX_FILE)
+    return max(min(-(-size // (file * FILES)) * FILES, size // MIN_FILE), 1)
 
 
 def capture_rng(device: torch.device) -> dict[str, str]:

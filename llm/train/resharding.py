@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm.checkpoint.boxes import Box, Dims
-from llm.checkpoint.format import CheckpointError, Commit, Manifest, PartManifest
+from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifest, PartManifest
 from llm.checkpoint.lineage import read_part
 from llm.checkpoint.plan import Read, Round, Want, alone, check, incoming, outgoing, plan
 from llm.checkpoint.reader import is_remote, read_span
@@ -56,12 +57,19 @@ def load(
     complaint = f"cannot load {commit.path} from {storage.url}"
     threads = connections if is_remote(storage) else min(connections, LOCAL_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
+        parts: list[PartManifest] = []
+        failure: OSError | CheckpointError | None = None
         ranks = _share(manifest.world_size, world)
-        parts = together(world, complaint, lambda: _read_parts(storage, commit, manifest, ranks, pool))
+        try:
+            parts += pool.map(lambda rank: read_part(storage, commit, manifest, rank), ranks)
+        except (OSError, CheckpointError) as error:
+            failure = error
         with _collector_paused():
-            own, rounds = _agree(commit, parts, targets, world, prefixes if strict else (), is_remote(storage))
-        filler = _Filler(storage, targets, world, pool)
-        together(world, complaint, lambda: filler.fill(own, rounds))
+            own, rounds = _agree(
+                commit, parts, targets, world, prefixes if strict else (), is_remote(storage), failure, complaint
+            )
+        filler = _Filler(storage, targets, world, pool, threads)
+        world.raise_together(filler.fill(own, rounds), complaint)
     rng = {part.rank: part.rng for part in parts}
     return rng[world.rank] if manifest.world_size == world.size else None
 
@@ -98,6 +106,8 @@ class _Asked(msgspec.Struct, array_like=True):
 
     wants: list[Want]
     foreign: list[str]
+    failure: str | None  # why it does not have its share
+    damaged: bool
 
 
 class _Told(msgspec.Struct, array_like=True):
@@ -115,12 +125,6 @@ def _share(saved: int, world: World) -> range:
     return range(world.rank * saved // world.size, (world.rank + 1) * saved // world.size)
 
 
-def _read_parts(
-    storage: Storage, commit: Commit, manifest: Manifest, ranks: range, pool: ThreadPoolExecutor
-) -> list[PartManifest]:
-    return list(pool.map(lambda rank: read_part(storage, commit, manifest, rank), ranks))
-
-
 def _agree(
     commit: Commit,
     parts: list[PartManifest],
@@ -128,6 +132,8 @@ def _agree(
     world: World,
     prefixes: Sequence[str],
     remote: bool,
+    failure: OSError | CheckpointError | None,
+    complaint: str,
 ) -> tuple[list[Read], list[Round]]:
     """The plan of this rank, after all ranks have told each other what does not go without help."""
     wants = [
@@ -138,10 +144,17 @@ def _agree(
     mine = {want.name for want in wants}
     theirs = {name for part in parts for name in part.tensors if name.startswith(tuple(prefixes))}
     simple = alone(parts, wants) if size > 1 else set()
-    asked = _Asked([want for want in wants if want.name not in simple], sorted(theirs - mine))
-    everyone = _gather(world, asked)
+    unserved = [] if failure is not None else [want for want in wants if want.name not in simple]
+    reason = None if failure is None else str(failure)
+    everyone = _gather(world, _Asked(unserved, sorted(theirs - mine), reason, isinstance(failure, DamagedError)))
+    _raise_first(everyone, complaint, failure)
     names = {want.name for each in everyone for want in each.wants}
     foreign = {name for each in everyone for name in each.foreign} - names
+
+    rest = [(number, want) for number, want in enumerate(wants) if want.name not in names]
+    own = plan(commit, parts, {rank: rest}, rank, 1, remote)[0]
+    if not names and not foreign:
+        return own, []
 
     told = _gather(
         world,
@@ -153,13 +166,18 @@ def _agree(
     )
     everything = [part for each in told for part in each.parts]
     shared = {other: each.wants for other, each in enumerate(told)}
-    unexpected = foreign - {name for each in told for name in each.known}
-    check(commit, everything, shared, unexpected)
-    own, rounds = plan(commit, everything, shared, rank, size, remote)
-    rest = [(number, want) for number, want in enumerate(wants) if want.name not in names]
-    if rest:
-        own += plan(commit, parts, {rank: rest}, rank, 1, remote)[0]
-    return own, rounds
+    check(commit, everything, shared, foreign - {name for each in told for name in each.known})
+    more, rounds = plan(commit, everything, shared, rank, size, remote)
+    return own + more, rounds
+
+
+def _raise_first(everyone: list[_Asked], complaint: str, cause: Exception | None) -> None:
+    """Raise the same on every rank if any has failed: damage, or else what the first of them could not read."""
+    failed = [(not each.damaged, rank, each.failure) for rank, each in enumerate(everyone) if each.failure is not None]
+    if failed:
+        undamaged, rank, reason = min(failed)
+        who = f"rank {rank}: " if len(everyone) > 1 else ""
+        raise (CheckpointError if undamaged else DamagedError)(f"{complaint}: {who}{reason}") from cause
 
 
 def _only(part: PartManifest, names: set[str]) -> PartManifest:
@@ -180,11 +198,21 @@ def _gather(world: World, message: S) -> list[S]:
 # --- the bytes -------------------------------------------------------------------------------------------------------
 
 
+_Job = tuple[Read, Bytes | None, list[int]]  # the message to others, and where each copy goes in it
+
+
 class _Filler:
     """Reads in threads, copies what is for this rank, and passes on what is for others."""
 
-    def __init__(self, storage: Storage, targets: Sequence[LocalPiece], world: World, pool: ThreadPoolExecutor) -> None:
-        self.storage, self.world, self.pool = storage, world, pool
+    def __init__(
+        self,
+        storage: Storage,
+        targets: Sequence[LocalPiece],
+        world: World,
+        pool: ThreadPoolExecutor,
+        threads: int,
+    ) -> None:
+        self.storage, self.world, self.pool, self.threads = storage, world, pool, threads
         self.rank, self.size = (world.rank, world.size) if world.grouped else (0, 1)
         self.targets = [_Target(piece.data) for piece in targets]
         self.failure: OSError | CheckpointError | None = None
@@ -192,29 +220,40 @@ class _Filler:
         self.lock = threading.Lock()
         self.local = threading.local()
 
-    def fill(self, own: list[Read], rounds: list[Round]) -> None:
-        """Read everything of the plan. Raises this rank's error; another rank's ends it early, without one."""
+    def fill(self, own: list[Read], rounds: list[Round]) -> OSError | CheckpointError | None:
+        """Read everything of the plan; returns what stopped this rank. Another rank's failure ends it early."""
         prepared = [self._prepare(turn) for turn in rounds[:1]]
-        rest = [self.pool.submit(self._read, read, None, ()) for read in own]
+        rest = self._start([(read, None, []) for read in own])
         for number, turn in enumerate(rounds):
             if number + 1 < len(rounds):  # the next is read while this one is exchanged
                 prepared.append(self._prepare(rounds[number + 1]))
-            reads, message, sizes = prepared.pop(0)
-            _wait(reads)
+            workers, message, sizes = prepared.pop(0)
+            _wait(workers)
             if self.world.any(self.failure is not None):
                 self.stopped = True
                 break
             self._exchange(turn, message, sizes)
         _wait(rest)
-        if self.failure is not None:
-            raise self.failure
+        return self.failure
 
     def _prepare(self, turn: Round) -> tuple[list[Future[None]], Bytes, list[int]]:
         reads = turn.get(self.rank, [])
         sizes, places = outgoing(reads, self.rank, self.size)
         message = np.empty(sum(sizes), np.uint8)
-        pairs = zip(reads, places, strict=True)
-        return [self.pool.submit(self._read, read, message, row) for read, row in pairs], message, sizes
+        return self._start([(read, message, row) for read, row in zip(reads, places, strict=True)]), message, sizes
+
+    def _start(self, jobs: list[_Job]) -> list[Future[None]]:
+        """Let all threads work on ``jobs``, after what they have been given before."""
+        queue = deque(jobs)
+        return [self.pool.submit(self._work, queue) for _ in range(min(self.threads, len(jobs)))]
+
+    def _work(self, queue: deque[_Job]) -> None:
+        while not self.stopped:
+            try:
+                read, message, places = queue.popleft()
+            except IndexError:
+                return
+            self._read(read, message, places)
 
     def _exchange(self, turn: Round, message: Bytes, sizes: list[int]) -> None:
         expected, copies = incoming(turn, self.rank, self.size)
@@ -226,10 +265,8 @@ class _Filler:
             source = data[at : at + copy.inside.size].reshape(shape)
             self.targets[copy.target].put(Box(copy.offset, shape), source)
 
-    def _read(self, read: Read, message: Bytes | None, places: Sequence[int]) -> None:
+    def _read(self, read: Read, message: Bytes | None, places: list[int]) -> None:
         """Runs in a thread. After a failure there is nothing left to do: no round ends without a look at it."""
-        if self.stopped:
-            return
         data = self._buffer(read.span.end - read.span.begin)
         try:
             read_span(self.storage, read.span, data.data)
@@ -281,9 +318,9 @@ class _Target:
             self.tensor[(*outer, columns)].copy_(values)
 
 
-def _wait(reads: list[Future[None]]) -> None:
-    for read in reads:
-        read.result()  # the store bounds every read
+def _wait(workers: list[Future[None]]) -> None:
+    for worker in workers:
+        worker.result()  # the store bounds every read
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

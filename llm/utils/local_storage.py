@@ -77,7 +77,7 @@ class LocalStorage:
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> int:
         done = 0
-        descriptor = os.open(self.path(path), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(f"{self.url}/{path}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
                 done += count

@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 CHUNK = 64 << 10
 START_S = 10.0
+LOOK_S = 0.02  # between looks whether the faults have changed
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 UNAVAILABLE = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ServiceUnavailable</Code><Message>Please reduce your load.'
@@ -32,6 +34,7 @@ class Faults:
 
     match: str = ""  # regular expression for "METHOD /path?query": only these are touched
     share: float = 1.0  # of these, how many; the others go through
+    first: int | None = None  # of these, only so many
     refuse: bool = False  # 503, without a look at the body
     reset_after: int | None = None  # RST after so many bytes of the request's body
     swallow: bool = False  # read it all, pass nothing on, never answer
@@ -39,6 +42,9 @@ class Faults:
     lose_answer: bool = False  # the server does it, and the client sees its connection reset
     cut_answer: int | None = None  # RST after so many bytes of the answer's body
     hold: bool = False  # wait until the faults change, then go on
+    late: bool = (
+        False  # take all of it, and pass it on when the faults change, whether the client is still there or not
+    )
     rate: float | None = None  # bytes per second, of all connections together
 
 
@@ -59,11 +65,17 @@ class Proxy:
     url: str = ""
     seen: list[str] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
+    hits: int = 0  # requests that the present faults, and those before, have touched
     random: random.Random = field(default_factory=lambda: random.Random(1))
 
     def count(self, pattern: str) -> int:
         """Requests so far that the pattern matches."""
         return sum(bool(re.search(pattern, each)) for each in list(self.seen))
+
+    def __post_init__(self) -> None:
+        self.taken: list[str] = []  # requests that will be delivered late
+        self.delivered: list[str] = []  # and have been
+        self._counted = (self.faults, 0)
 
     # --- everything below runs in the proxy's own thread ------------------------------------------------------------
 
@@ -71,7 +83,10 @@ class Proxy:
         """Serve until ``stop`` is set."""
         self._free_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=1 << 20)
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK)  # what is not passed on stays with the client
+        listening.bind(("127.0.0.1", 0))
+        server = await asyncio.start_server(self._accept, sock=listening, limit=2 * CHUNK)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready()
         await stop.wait()
@@ -90,7 +105,7 @@ class Proxy:
                 self.seen.append(f"{request.method} {request.target}")
                 if not await self._handle(request, reader, writer, up):
                     break
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
             pass
         finally:
             for _, other in up:
@@ -100,8 +115,15 @@ class Proxy:
 
     def _faults(self, request: _Request) -> Faults:
         faults = self.faults
-        hit = re.search(faults.match, f"{request.method} {request.target}") and self.random.random() < faults.share
-        return faults if hit else Faults()
+        if faults != self._counted[0]:
+            self._counted = (faults, 0)
+        if not re.search(faults.match, f"{request.method} {request.target}") or self.random.random() >= faults.share:
+            return Faults()
+        if faults.first is not None and self._counted[1] >= faults.first:
+            return Faults()
+        self._counted = (faults, self._counted[1] + 1)
+        self.hits += faults != Faults()
+        return faults
 
     async def _handle(
         self,
@@ -112,20 +134,19 @@ class Proxy:
     ) -> bool:
         """Do one request; returns whether the connection can be used for another."""
         faults = self._faults(request)
-        if faults.hold or faults.ignore or faults.swallow:
-            while self.faults is faults:
-                if faults.swallow:
-                    if request.expects:
-                        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                        request.expects = False
-                    with contextlib.suppress(TimeoutError):
-                        if not await asyncio.wait_for(reader.read(CHUNK), 0.05):
-                            return False
-                else:
-                    await asyncio.sleep(0.02)
-            if not faults.hold:
-                return False
-            faults = self._faults(request)
+        if faults.late:
+            await self._deliver_late(request, reader, writer, faults)
+            return False
+        if faults.swallow and request.expects:
+            writer.write(CONTINUE)
+        while (faults.hold or faults.ignore or faults.swallow) and self.faults is faults:
+            if faults.swallow and not reader.at_eof():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(CHUNK), LOOK_S)
+            else:
+                await asyncio.sleep(LOOK_S)
+        if faults.ignore or faults.swallow:
+            return False
         if faults.refuse:
             head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
             writer.write(head % len(UNAVAILABLE) + (b"" if request.method == "HEAD" else UNAVAILABLE))
@@ -137,7 +158,7 @@ class Proxy:
             return False
         if not up:
             address = urlsplit(self.upstream)
-            up.append(await asyncio.open_connection(address.hostname, address.port, limit=1 << 20))
+            up.append(await asyncio.open_connection(address.hostname, address.port, limit=2 * CHUNK))
         from_server, to_server = up[0]
         to_server.write(request.head)
         body = asyncio.ensure_future(self._pass(reader, to_server, request.length, faults.reset_after, faults.rate))
@@ -156,6 +177,23 @@ class Proxy:
             body.cancel()
             answer.cancel()
             await asyncio.gather(body, answer, return_exceptions=True)
+
+    async def _deliver_late(
+        self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults
+    ) -> None:
+        if request.expects:
+            writer.write(CONTINUE)
+        body = await reader.readexactly(request.length)
+        self.taken.append(f"{request.method} {request.target}")
+        while self.faults is faults:
+            await asyncio.sleep(LOOK_S)
+        address = urlsplit(self.upstream)
+        from_server, to_server = await asyncio.open_connection(address.hostname, address.port)
+        to_server.write(request.head + body)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await from_server.readuntil(b"\r\n\r\n")
+            self.delivered.append(f"{request.method} {request.target}")
+        to_server.transport.abort()
 
     async def _answer(
         self, request: _Request, server: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults

@@ -37,7 +37,7 @@ from llm.train.resharding import load
 from llm.utils.config import DistConfig
 from llm.utils.sharding import chunk
 from llm.utils.storage import open_storage
-from tests.checkpoint.ranks import NOTHING, REPORT, ROLLBACK, SAVE, STOP
+from tests.checkpoint.ranks import LIMIT, NOTHING, REPORT, ROLLBACK, SAVE, STOP
 
 
 def shapes(megabytes: float) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
@@ -144,7 +144,7 @@ class Rank:
 
     def command(self) -> list[int]:
         """What the test wants after this step: rank 0 looks, and all hear."""
-        mine = [NOTHING, 0, 0, 0, 0]
+        mine = [NOTHING, 0, 0, 0]
         if self.rank == 0:
             path = self.folder / f"command{self.commands}.json"
             if path.exists():
@@ -175,6 +175,8 @@ class Rank:
                 self.note(self.checkpointer.wait())
                 self.go_back(Commit(attempt=argument[0], generation=argument[1], step=argument[2]))
                 self.say("back")
+            if code == LIMIT:
+                self.checkpointer.limit_s = argument[0] / 1000
             if code == REPORT:
                 self.report()
             time.sleep(self.order["step_s"])

@@ -21,7 +21,7 @@ from tests.conftest import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 60.0
-NOTHING, SAVE, STOP, ROLLBACK, REPORT = range(5)  # commands
+NOTHING, SAVE, STOP, ROLLBACK, REPORT, LIMIT = range(6)  # commands
 T = TypeVar("T")
 
 
@@ -108,16 +108,17 @@ class Ranks:
         replaced = self.events(rank, "replaced")
         return int(replaced[-1]["writer"]) if replaced else self.writers[rank]
 
-    def tell(self, code: int, argument: Commit | None = None) -> None:
-        """Give a command; it is heard after the next step."""
+    def tell(self, code: int, *arguments: int) -> None:
+        """Give a command, with up to three numbers; it is heard after the next step."""
         aside = self.folder / "command.tmp"
-        values = [0, 0, 0] if argument is None else [argument.attempt, argument.generation, argument.step]
-        aside.write_text(json.dumps([code, *values, 0]))
+        aside.write_text(json.dumps([code, *arguments, *[0] * (3 - len(arguments))]))
         aside.rename(self.folder / f"command{next(self.commands)}.json")
 
-    def save(self) -> str:
+    def save(self, limit_s: float | None = None) -> str:
         """Have a save begun; returns its commit."""
         count = len(self.events(0, "begun"))
+        if limit_s is not None:  # for this and the following ones
+            self.tell(LIMIT, int(1000 * limit_s))
         self.tell(SAVE)
         self.wait(lambda: len(self.events(0, "begun")) > count, "a save that begins")
         return str(self.events(0, "begun")[count]["commit"])
@@ -136,7 +137,7 @@ class Ranks:
 
     def roll_back(self, commit: Commit) -> None:
         count = len(self.events(0, "back"))
-        self.tell(ROLLBACK, commit)
+        self.tell(ROLLBACK, commit.attempt, commit.generation, commit.step)
         self.wait(lambda: len(self.events(0, "back")) > count, "a rollback")
 
     def report(self) -> list[dict[str, Any]]:

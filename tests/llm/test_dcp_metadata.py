@@ -1,4 +1,4 @@
-"""The metadata of a DCP directory is a pickle from a stranger: nothing in it may run, and nothing wrong in it counts."""
+"""The metadata of a DCP directory is a stranger's pickle: nothing in it may run, and nothing wrong in it counts."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ def hostile(command: str) -> dict[str, bytes]:
         "getattr": start + builtins + call + end,
         "build": start + size + b"}" + text("__code__") + named("posix", "system") + b"sb" + call + end,
         "persistent": start + text("x") + b"Q" + end,
+        "giant memo": start + text("x") + b"r\xff\xff\xff\xff" + text(command) + b"." + end,
         "extension": start + b"\x82\x01" + end,
     }
 
