@@ -1,4 +1,7 @@
-"""Peak memory of process trees: the proportional set size, so that what processes share counts once."""
+"""Peak memory of process trees: the proportional set size, so that what processes share counts once.
+
+Pages of files are left out: what they count for depends on who else runs the same programs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def memory(pid: int) -> int:
     for each in tree(pid):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) << 10
     return total
 

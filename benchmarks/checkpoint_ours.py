@@ -47,7 +47,7 @@ def shut(rank: Rank) -> None:
 
 def staging(rank: Rank) -> int:
     """Bytes of the staging buffer."""
-    return rank.kept["ours"].saver.staging.size
+    return rank.kept["ours"].saver.layout.size
 
 
 def save(rank: Rank, step: int) -> tuple[float, Commit]:
@@ -83,7 +83,7 @@ def begin(rank: Rank, step: int) -> Callable[[], bool]:
     return over
 
 
-def steps(rank: Rank, start: Callable[..., Callable[[], bool]], *arguments: Any, rest: int = 60) -> list[float]:
+def steps(rank: Rank, start: Callable[..., Callable[[], bool]], *arguments: Any, rest: int = 40) -> list[float]:
     """Seconds of a step without a save, of one while it drains, and of that save.
 
     A step is a row of matrix products and a sum of ``GRADIENT`` values over all ranks.
@@ -97,16 +97,19 @@ def steps(rank: Rank, start: Callable[..., Callable[[], bool]], *arguments: Any,
         dist.all_reduce(gradient)
         return bool(gradient[0] == dist.get_world_size())
 
-    dist.barrier()
-    began = time.perf_counter()
-    for _ in range(rest):
-        step(False)
-    alone = (time.perf_counter() - began) / rest
+    def alone() -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(rest):
+            step(False)
+        return (time.perf_counter() - began) / rest
+
+    before = alone()
     dist.barrier()
     requested = time.perf_counter()
     over = start(rank, *arguments)
-    began, count = time.perf_counter(), 0
+    began, count = time.perf_counter(), 1
     while not step(over()):
         count += 1
     ended = time.perf_counter()
-    return [alone, (ended - began) / (count + 1), ended - requested]
+    return [(before + alone()) / 2, (ended - began) / count, ended - requested]

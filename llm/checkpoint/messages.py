@@ -12,9 +12,10 @@ from llm.checkpoint.retention import Retention
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, tag="layout"):
-    """What the following saves hold, in which files. ``size`` is that of the staging buffer behind ``descriptor``."""
+    """What the following saves hold, in which files: ``slots`` buffers of ``size`` bytes, one after the other."""
 
     size: int
+    slots: int = 1
     boxes: list[Box]
     files: list[FileImage]
 
@@ -32,13 +33,27 @@ class CommitOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Save(msgspec.Struct, frozen=True, kw_only=True, tag="save"):
-    """Write what is staged. ``began`` is the time of the request, epoch seconds; ``limit_s`` what is left for it."""
+    """Write what is staged in ``slot``. ``began`` is the time of the request, epoch seconds; ``limit_s`` its time."""
 
     commit: Commit
     began: float
     limit_s: float
     rng: dict[str, str]
+    slot: int = 0
     order: CommitOrder | None = None
+
+
+class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
+    """A snapshot is staged: write it only if the rank vanishes without a word, and all others have it too."""
+
+    save: Save
+    world_size: int
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
+    """What is in ``slot`` is about to be replaced."""
+
+    slot: int
 
 
 class Abandon(msgspec.Struct, frozen=True, kw_only=True, tag="abandon"):
@@ -81,5 +96,5 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True, tag="wanted"):
     """Somebody has asked for a checkpoint now."""
 
 
-Request = Layout | Save | Abandon | Leave
+Request = Layout | Save | Keep | Forget | Abandon | Leave
 Reply = Written | Committed | Failed | Wanted

@@ -145,7 +145,7 @@ def _few(names: list[str]) -> str:
 
 
 def alone(parts: Sequence[PartManifest], wants: Sequence[Want]) -> set[str]:
-    """Names of the tensors that a rank gets from these parts without help: they have all of it, and nothing in vain."""
+    """Names of the tensors of which these parts, that no other rank reads, have all that is wanted."""
     by_name: dict[str, list[Want]] = defaultdict(list)
     for want in wants:
         by_name[want.name].append(want)
@@ -164,16 +164,8 @@ def alone(parts: Sequence[PartManifest], wants: Sequence[Want]) -> set[str]:
                 continue
         pieces = [of_bytes(piece.offset, piece.shape, size) for tensor in saved for piece in tensor.pieces]
         index = Index([piece for piece in pieces if piece.size])
-        hits = [list(index.hits(want.box)) for want in boxes]
-        used: Counter[int] = Counter()
-        for number, common in itertools.chain.from_iterable(hits):
-            used[number] += common.size
-        if (
-            index.clash() is None
-            and all(
-                sum(common.size for _, common in each) == want.box.size for each, want in zip(hits, boxes, strict=True)
-            )
-            and all(count == index.boxes[number].size for number, count in used.items())
+        if index.clash() is None and all(
+            sum(common.size for _, common in index.hits(want.box)) == want.box.size for want in boxes
         ):
             found.add(name)
     return found

@@ -39,4 +39,4 @@ def probe(storage: Storage, needed: int) -> None:
 
 
 def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.1f} MB"

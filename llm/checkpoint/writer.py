@@ -2,7 +2,8 @@
 
 A process of its own, so that neither Python's lock nor the SDK of an object store slows a step, and a stuck system call
 holds up nobody. The staging buffer is shared memory that the rank fills; requests come in on standard input, replies
-go out on standard output (llm.checkpoint.messages). When the rank dies, a save that was fully staged is still finished.
+go out on standard output (llm.checkpoint.messages). When the rank dies, a save that was fully staged is still finished,
+and a newer snapshot that all writers of the attempt hold is committed.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ from llm.checkpoint.messages import (  # noqa: E402
     CommitOrder,
     Committed,
     Failed,
+    Forget,
+    Keep,
     Layout,
     Leave,
     Reply,
@@ -65,6 +68,7 @@ from llm.checkpoint.messages import (  # noqa: E402
     Written,
 )
 from llm.checkpoint.requests import take  # noqa: E402
+from llm.checkpoint.rescue import agree  # noqa: E402
 from llm.utils.local_storage import LocalStorage  # noqa: E402
 from llm.utils.storage import Storage, open_storage  # noqa: E402
 
@@ -86,7 +90,10 @@ class Writer:
         self.remote = not isinstance(storage, LocalStorage)
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.layout = Layout(size=0, boxes=[], files=[])
-        self.buffer = memoryview(b"")
+        self.memory = self.buffer = memoryview(b"")  # all slots, and the one that is being written
+        self.kept: dict[int, Keep] = {}  # snapshots, by slot
+        self.left = False  # the rank has said that it leaves
+        self.chain: list[Commit] = []  # rank 0: after the last commit
         self.pool = ThreadPoolExecutor(CONNECTIONS if self.remote else DISK_FILES)
         self.sums = ThreadPoolExecutor(1)
         self.ended = threading.Event()  # no more requests will come
@@ -98,16 +105,47 @@ class Writer:
             threading.Thread(target=self._watch_requests, daemon=True).start()
         while (request := self.requests.get()) is not None:
             if isinstance(request, Layout):
-                self.layout = request
-                self.buffer = memoryview(mmap.mmap(self.descriptor, request.size)) if request.size else memoryview(b"")
+                self.layout, size = request, request.size * request.slots
+                self.memory = memoryview(mmap.mmap(self.descriptor, size)) if size else memoryview(b"")
             elif isinstance(request, Save):
                 self._save(request)
+            else:
+                self._remember(request)
+        if self.kept and not self.left:
+            self._rescue()
+
+    def _remember(self, request: Request) -> None:
+        if isinstance(request, Keep):
+            self.kept[request.save.slot] = request
+        elif isinstance(request, Forget):
+            self.kept.pop(request.slot, None)
+
+    def _rescue(self) -> None:
+        """The rank has vanished: commit the newest snapshot that all ranks have."""
+        held = {keep.save.commit: keep for keep in self.kept.values()}
+        any_one = next(iter(held.values()))
+        limit_s = any_one.save.limit_s
+        try:
+            storage = self.storage.within(limit_s)
+            commit = agree(storage, self.rank, any_one.world_size, sorted(held), limit_s)
+        except (OSError, CheckpointError, msgspec.DecodeError) as error:
+            print(f"the snapshot of rank {self.rank} is lost: {_line(error)}", file=sys.stderr, flush=True)
+            return
+        if commit is None:
+            return
+        save = held[commit].save
+        order = save.order
+        if order is not None and self.chain:  # something was committed since
+            order = msgspec.structs.replace(order, chain=self.chain)
+        self._save(msgspec.structs.replace(save, began=time.time(), order=order))
+        print(f"rank {self.rank} wrote the snapshot of step {commit.step}", file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
         try:
             for line in _lines(sys.stdin.fileno()):
                 request = REQUESTS.decode(line)
                 if isinstance(request, Leave):
+                    self.left = True
                     break
                 self.requests.put(request)
         finally:  # whatever happened here, nobody waits for another request
@@ -124,6 +162,7 @@ class Writer:
 
     def _save(self, save: Save) -> None:
         until = time.monotonic() + save.limit_s
+        self.buffer = self.memory[save.slot * self.layout.size : (save.slot + 1) * self.layout.size]
         storage = self.storage.within(save.limit_s)
         try:
             self._reply(self._write_part(storage, save))
@@ -239,6 +278,7 @@ class Writer:
             chain = retention.apply(storage, chain, order.keep)
         except (OSError, CheckpointError) as error:  # costs space, not the run
             warning = f"older checkpoints could not be removed: {_line(error)}"
+        self.chain = chain
         return Committed(commit=commit, seconds=manifest.seconds, bytes=manifest.bytes, chain=chain, warning=warning)
 
     def _all_parts(self, storage: Storage, save: Save, world_size: int, until: float) -> list[PartEntry]:
@@ -269,6 +309,8 @@ class Writer:
         elif isinstance(request, Abandon):
             if request.commit == commit:
                 raise CheckpointError(request.reason)
+        elif isinstance(request, Keep | Forget):
+            self._remember(request)
         else:
             raise CheckpointError(f"{commit.path}: another request came before this save ended")
 

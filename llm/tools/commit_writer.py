@@ -37,7 +37,7 @@ from llm.checkpoint.format import (
 )
 from llm.checkpoint.format import Tensor as Saved
 from llm.checkpoint.image import Box, FileImage, lay_out
-from llm.checkpoint.lineage import folders, is_committed
+from llm.checkpoint.lineage import delete, folders, is_committed
 from llm.tools.source import Item
 from llm.train.pieces import DTYPES
 from llm.utils.local_storage import LocalStorage
@@ -75,12 +75,9 @@ def write_commit(
     Memory: 512 MiB of files (256 MiB for a store) and the largest item. When it fails, nothing was committed and what
     was written is removed. Raises CheckpointError and OSError, also those of the items.
     """
-    began = time.time()
+    began, token = time.time(), secrets.token_bytes(16)
     try:
-        storage.create(f"{commit.path}/{MARK}", secrets.token_bytes(16))
-    except FileExistsError:
-        raise CheckpointError(f"another import is writing {commit.path} in {storage.url}") from None
-    try:
+        storage.create(f"{commit.path}/{MARK}", token)
         part = _write_part(storage, commit, items, advance)
         manifest = Manifest(
             format=FORMAT,
@@ -96,13 +93,27 @@ def write_commit(
             parts=[part],
             state=state,
         )
-        storage.remove(f"{commit.path}/{MARK}")
         storage.create(f"{commit.path}/{MANIFEST}", seal(manifest))
-    except BaseException:
-        with contextlib.suppress(OSError):  # it was never committed, and `llmops ckpt gc` removes it
-            storage.remove_folder(commit.path)
+        storage.remove(f"{commit.path}/{MARK}")
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what is left has no manifest, and `llmops ckpt gc` removes it
+            _undo(storage, commit, token)
+        if isinstance(error, FileExistsError):
+            raise CheckpointError(f"somebody else is writing {commit.path} in {storage.url}") from None
         raise
     return manifest
+
+
+def _undo(storage: Storage, commit: Commit, token: bytes) -> None:
+    """Remove what was written; not what another import has written, which came first."""
+    try:
+        ours = storage.read(f"{commit.path}/{MARK}") == token
+    except FileNotFoundError:
+        ours = False
+    if ours:
+        delete(storage, commit)
+    for path in (commit.path, commit.path.rpartition("/")[0]):
+        storage.remove_folder(path, only_empty=True)
 
 
 def _write_part(storage: Storage, commit: Commit, items: Sequence[Item], advance: Callable[[int], None]) -> PartEntry:

@@ -10,48 +10,21 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import newest_commit
-from llm.utils.config import ConfigError, TrainingConfig, load
+from llm.tools.arguments import DTYPES, arguments_of_export, arguments_of_import
+from llm.utils.config import ConfigError, ModelConfig
 from llm.utils.storage import Storage, open_storage
 
 CONFIG = "config.yaml"
-FORMATS = ("dcp", "torch", "hf")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 STEPS = ("step", "global_step", "iteration")  # the last part of the names under which others keep the step
 SHOWN = 10
 
-
-def arguments_of_import(parser: argparse.ArgumentParser) -> None:
-    """How to read what comes in."""
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint's step (default: what SOURCE says)")
-    parser.add_argument(
-        "--map",
-        choices=("auto", "llama", "none"),
-        default="auto",
-        help="auto: give the names of our model to a Llama of torchtitan or Hugging Face; llama: refuse anything else",
-    )
-    parser.add_argument("--heads", type=int, metavar="H", help="query heads (default: what the run's config.yaml says)")
-    parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out values that cannot be read without running code"
-    )
-
-
-def arguments_of_export(parser: argparse.ArgumentParser) -> None:
-    """What goes out, and how."""
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        required=True,
-        help="dcp: for torch.distributed.checkpoint; torch: one file; hf: the weights, for transformers",
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="PREFIX", help="tensors whose names begin so (dcp, torch); may be repeated"
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (hf; default: as saved)")
+stopped = threading.Event()  # by a signal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def complain(message: str, code: int) -> int:
         """Say on one line what is wrong, whatever names it quotes."""
+        if stopped.is_set():  # torch turns an interrupt that comes while it reads into an error of its own
+            raise KeyboardInterrupt
         print(f"{options.prog}: error: {re.sub(r'[^ -~]+', ' ', ' '.join(message.split()))}", file=sys.stderr)
         return code
 
@@ -103,17 +78,17 @@ def run_import(options: argparse.Namespace) -> None:
     from llm.tools.renaming import rename
 
     storage = open_storage(_absolute(options.run_url))
-    config = _config(storage)
+    model = _model_config(storage)
     if options.heads is not None and options.heads < 1:
         raise CheckpointError(f"--heads {options.heads}: give the number of query heads")
-    heads = options.heads or (config.model.n_heads if config else None)
+    heads = options.heads or (model.n_heads if model else None)
     source = _open(open_storage(_absolute(options.source)))
     if source.unreadable and not options.skip_unreadable:
         raise CheckpointError(
             f"{options.source}: {_few(source.unreadable)} cannot be read without running code that is stored there; "
             "--skip-unreadable leaves them out"
         )
-    names = rename(source, options.map, heads, bool(config and config.model.tie_embeddings))
+    names = rename(source, options.map, heads, bool(model and model.tie_embeddings))
     if not source.items:
         raise CheckpointError(f"{options.source} holds no tensors")
     _refuse_duplicates(source.items, options.source)
@@ -123,8 +98,7 @@ def run_import(options: argparse.Namespace) -> None:
     with _progress("importing") as (expect, advance):
         expect(sum(item.box.bytes for item in source.items))
         manifest = write_commit(storage, commit, parent, source.items, state, advance)
-    count = len({item.box.name for item in source.items})
-    print(f"imported {commit.path}: {count} tensors, {manifest.bytes / 1e6:,.1f} MB, {names}")
+    print(f"imported {commit.path}: {_amount({item.box.name for item in source.items}, manifest.bytes)}, {names}")
     if source.unreadable:
         print(f"left out {len(source.unreadable)}: {_few(source.unreadable)}")
 
@@ -145,23 +119,23 @@ def run_export(options: argparse.Namespace) -> None:
     commit = Commit.parse(options.commit) if options.commit else newest_commit(storage)
     if commit is None:
         raise CheckpointError(f"{storage.url} holds no committed checkpoint")
-    config = _config(storage) if options.format == "hf" else None
-    if options.format == "hf" and config is None:
-        raise CheckpointError(f"{storage.url} has no {CONFIG}, which tells the shape of the model")
+    model = _model_config(storage) if options.format == "hf" else None
+    if options.format == "hf" and model is None:
+        raise CheckpointError(f"{storage.url} has no {CONFIG} that tells the shape of the model")
     target = _absolute(options.target)
     with _progress("exporting") as (expect, advance), opened(storage, commit, advance) as source:
-        wanted = tuple(options.only or ("model." if config else "",))
+        wanted = tuple(options.only or ("model." if model else "",))
         names = [name for name in source.tensors if name.startswith(wanted)]
         if not names:
             raise CheckpointError(f"{commit.path} has no tensor whose name begins with {' or '.join(wanted)}")
         expect(source.bytes(names))
-        if config is not None:
-            export_hf(source, config.model, DTYPES.get(options.dtype), target)
+        if model is not None:
+            export_hf(source, model, DTYPES.get(options.dtype), target)
         elif options.format == "dcp":
             export_dcp(source, names, target)
         else:
             export_torch(source, names, target)
-    print(f"exported {commit.path} to {target}: {len(names)} tensors, {source.bytes(names) / 1e6:,.1f} MB")
+    print(f"exported {commit.path} to {target}: {_amount(names, source.bytes(names))}")
 
 
 def _open(storage: Storage) -> Any:
@@ -174,6 +148,8 @@ def _open(storage: Storage) -> Any:
         return open_dcp(storage)
     except FileNotFoundError:
         pass
+    except NotADirectoryError:
+        raise CheckpointError(f"{storage.url} is a file: give the directory that it is in") from None
     if any(name.endswith(SUFFIX) for name in sizes):
         return open_hf(storage, sizes)
     if any(name.endswith(METADATA) for name in sizes):
@@ -181,30 +157,49 @@ def _open(storage: Storage) -> Any:
     raise CheckpointError(f"{storage.url} is no checkpoint: it has neither {METADATA} nor *{SUFFIX}")
 
 
-def _config(storage: Storage) -> TrainingConfig | None:
-    return load(f"{storage.url}/{CONFIG}") if CONFIG in storage.list("") else None
+def _model_config(storage: Storage) -> ModelConfig | None:
+    """Shape of the model that the run trains; None where nobody wrote one down."""
+    import msgspec
+    import yaml
+
+    try:
+        tree = yaml.safe_load(storage.read(CONFIG))
+        shape = tree.get("model") if isinstance(tree, dict) else None
+        return None if shape is None else msgspec.convert(shape, ModelConfig)
+    except FileNotFoundError:
+        return None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{storage.url}/{CONFIG} is not YAML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{storage.url}/{CONFIG}: model: {error}") from error
 
 
 def _step(options: argparse.Namespace, source: Any) -> int:
     """The step that was asked for, or that the source has; else what its folder is called, as in step-100."""
     from llm.tools.dcp_import import to_json
 
+    if options.step is not None:
+        return _checked_step(options.step)
     found = {value for name, value in source.values.items() if _says_step(name) and type(value) is int}
     for item in source.items:
         if not item.box.shape and _says_step(item.box.name):
             found.add(to_json(item.read()))
     folder = re.fullmatch(r".*?(?:step|iter)[-_]?0*(\d{1,17})", options.source.rstrip("/").rpartition("/")[2])
-    candidates = [options.step, (source.state or {}).get("step")]
+    candidates = [(source.state or {}).get("step")]
     candidates += found if len(found) == 1 else []
     candidates += [int(folder[1])] if folder else []
     for step in candidates:
         if isinstance(step, int | float) and not isinstance(step, bool):
-            if not 0 <= step < 10**17 or step != int(step):
-                raise CheckpointError(f"{step} cannot be a step: give --step N")
-            return int(step)
+            return _checked_step(step)
     if source.format == "hf":
         return 0
     raise CheckpointError(f"{options.source} does not say of which step it is: give --step N")
+
+
+def _checked_step(step: float) -> int:
+    if not 0 <= step < 10**17 or step != int(step):
+        raise CheckpointError(f"{step} cannot be a step: give --step N")
+    return int(step)
 
 
 def _says_step(name: str) -> bool:
@@ -240,6 +235,12 @@ def _absolute(given: str) -> str:
     return given.rstrip("/") if "://" in given else str(Path(given).expanduser().absolute())
 
 
+def _amount(names: Collection[str], size: int) -> str:
+    scale = next((scale for scale in (1e9, 1e6, 1e3) if size >= scale), 1)
+    unit = {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "B"}[scale]
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}, {size / scale:.3g} {unit}"
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
@@ -259,9 +260,15 @@ def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int]
         yield lambda total: bar.update(task, total=total), lambda count: bar.advance(task, count)
 
 
+def _stop(*_: object) -> None:
+    stopped.set()
+    raise KeyboardInterrupt
+
+
 def entry() -> None:
     """The program: a stop request ends it as Ctrl-C does, so that nothing half done stays."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         code = main()
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from llm.train.control import Control
 from llm.train.dist import World, connect
 from llm.train.logging import Metrics
 from llm.train.loop import Trainer, prepare
+from llm.train.resharding import together
 from llm.train.schedule import retention
 from llm.utils.config import TrainingConfig
 from llm.utils.storage import Storage, open_storage
@@ -34,11 +35,12 @@ def run_attempt(
     storage = open_storage(run_url)
     try:
         attempt, generation, resume = agree(storage, world)
-        if rank == 0:
-            metrics.open(storage, attempt)
+        together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
         saving = config.checkpoint
         keep, code = retention(saving), os.environ.get("LLMOPS_CODE", "")
-        checkpointer = Checkpointer(storage, world, attempt, generation, keep, saving.save_seconds, code)
+        checkpointer = Checkpointer(
+            storage, world, attempt, generation, keep, saving.save_seconds, code, snapshots=saving.snapshot_steps > 0
+        )
         trainer = Trainer(config, world, storage, control, metrics, checkpointer, resume)
         metrics.write("phase", phase="loaded", step=trainer.step)
         return trainer.run()
@@ -52,22 +54,23 @@ def run_attempt(
 
 def agree(storage: Storage, world: World) -> tuple[int, int, Commit | None]:
     """(attempt, generation, commit to resume from). Rank 0 looks; the others must not see a listing of their own."""
-    mine = [0] * 6
-    if world.rank == 0:
-        taken = folders(storage)
-        if (number := os.environ.get("LLMOPS_ATTEMPT")) is not None:
-            attempt = int(number)
-        else:
-            seen = [commit.attempt for commit in taken] + [
-                int(name) for name in storage.list("metrics") if name.isdigit()
-            ]
-            attempt = max(seen, default=-1) + 1
-        # Folders that this attempt left behind, whole or not, are never written again.
-        generation = max((commit.generation for commit in taken if commit.attempt == attempt), default=-1) + 1
-        given = os.environ.get("LLMOPS_RESUME_FROM")
-        resume = newest_commit(storage) if given is None else Commit.parse(given) if given else None
-        mine = [attempt, generation, resume is not None, 0, 0, 0]
-        if resume is not None:
-            mine[3:] = [resume.attempt, resume.generation, resume.step]
+    mine = together(world, f"cannot read {storage.url}", lambda: _look(storage) if world.rank == 0 else [0] * 6)
     attempt, generation, has, *name = world.from_first(mine)
     return attempt, generation, Commit(attempt=name[0], generation=name[1], step=name[2]) if has else None
+
+
+def _look(storage: Storage) -> list[int]:
+    """Attempt, generation, whether there is a commit to resume from, and its attempt, generation and step."""
+    taken = folders(storage)
+    if (number := os.environ.get("LLMOPS_ATTEMPT")) is not None:
+        attempt = int(number)
+    else:
+        seen = [commit.attempt for commit in taken] + [int(name) for name in storage.list("metrics") if name.isdigit()]
+        attempt = max(seen, default=-1) + 1
+    # Folders that this attempt left behind, whole or not, are never written again.
+    generation = max((commit.generation for commit in taken if commit.attempt == attempt), default=-1) + 1
+    given = os.environ.get("LLMOPS_RESUME_FROM")
+    resume = newest_commit(storage) if given is None else Commit.parse(given) if given else None
+    if resume is None:
+        return [attempt, generation, 0, 0, 0, 0]
+    return [attempt, generation, 1, resume.attempt, resume.generation, resume.step]

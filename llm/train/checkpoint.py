@@ -64,9 +64,11 @@ class Checkpointer:
         keep: Retention,
         limit_s: float,
         code: str = "",
+        snapshots: bool = False,
     ) -> None:
         self.storage, self.world, self.keep, self.limit_s, self.code = storage, world, keep, limit_s, code
         self.attempt, self.generation = attempt, generation
+        self.slots = 2 if snapshots else 1
         self.chain: list[Commit] = []  # rank 0: the commits that lead to the present state, oldest first
         self.blocked_s = 0.0  # what the last save cost the training: waiting for the one before, and copying
         self.waited_s = 0.0  # of that, waiting
@@ -103,7 +105,7 @@ class Checkpointer:
         if not isinstance(self.storage, LocalStorage):
             limit, count = MAX_FILE, _files(sum(box.bytes for box in boxes))
         files = lay_out(boxes, self.world.rank, limit, count)
-        self.saver.set_layout(Layout(size=staging_bytes(files), boxes=boxes, files=files))
+        self.saver.set_layout(Layout(size=staging_bytes(files), slots=self.slots, boxes=boxes, files=files))
 
     def check_store(self) -> None:
         """Find out whether a checkpoint can be saved at all. Raises CheckpointError on every rank."""
@@ -130,6 +132,20 @@ class Checkpointer:
             self.generation += 1
         self._last_step = step
         self.wanted = False
+        save = self._request(step, state, files_before)
+        self.saver.begin(save, self._saved)
+        self._note(self.saver.poll())
+        self.blocked_s = time.perf_counter() - began
+        return save.commit
+
+    def snapshot(self, step: int, state: dict[str, Any], files_before: Mapping[str, bytes] | None = None) -> None:
+        """Stage the state after ``step``, to be committed only if ranks die before the next one.
+
+        It outlives this process in the memory of its writer. It counts where the writers of all ranks still have it.
+        """
+        self.saver.keep(self._request(step, state, files_before), self.world.size, self._saved)
+
+    def _request(self, step: int, state: dict[str, Any], files_before: Mapping[str, bytes] | None) -> Save:
         commit = Commit(attempt=self.attempt, generation=self.generation, step=step)
         order = None
         if self.world.rank == 0:
@@ -143,11 +159,7 @@ class Checkpointer:
                 files_before=dict(files_before or {}),
             )
         rng = capture_rng(self.world.device)
-        save = Save(commit=commit, began=time.time(), limit_s=self.limit_s, rng=rng, order=order)
-        self.saver.begin(save, self._saved)
-        self._note(self.saver.poll())
-        self.blocked_s = time.perf_counter() - began
-        return commit
+        return Save(commit=commit, began=time.time(), limit_s=self.limit_s, rng=rng, order=order)
 
     def poll(self) -> list[Event]:
         """What became of earlier saves, without waiting for any."""

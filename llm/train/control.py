@@ -3,6 +3,7 @@
     stop                the supervisor wants the run to save and leave; ranks look for it once a step
     heartbeat.<rank>    what this rank is doing, replaced at each step
     stopped.<rank>      the state is saved, after which step and where
+    rescuer.<rank>      the process that commits the last snapshot if this rank dies
 
 Without LLMOPS_CONTROL_DIR nobody watches: nothing is written, and SIGTERM takes the place of the stop file.
 """
@@ -46,6 +47,7 @@ class Control:
         self.directory = Path(directory) if directory else None
         self.step: int | None = None
         self.first_step: int | None = None
+        self._rescuer: tuple[int, float] | None = None
 
     def stop_requested(self) -> bool:
         """Has someone asked this rank to save and leave? A stat: microseconds."""
@@ -63,6 +65,12 @@ class Control:
     def stopped(self, step: int, commit: str) -> None:
         """Tell the supervisor that the state after ``step`` is saved in ``commit``."""
         self._replace(f"stopped.{self.rank}", {"step": step, "commit": commit, "time": time.time()})
+
+    def rescuer(self, pid: int, limit_s: float) -> None:
+        """Tell the supervisor which process still has work when this rank has died, and for how many seconds."""
+        if (pid, limit_s) != self._rescuer:
+            self._rescuer = pid, limit_s
+            self._replace(f"rescuer.{self.rank}", {"pid": pid, "limit_s": limit_s})
 
     def _replace(self, name: str, record: Mapping[str, object]) -> None:
         if self.directory is None:

@@ -80,6 +80,11 @@ class Metrics:
         self._handed = list(self._pending)
         return dict(self._pending)
 
+    def pending(self) -> dict[str, bytes]:
+        """What a snapshot of this moment takes along, in case that nobody else can put it."""
+        self.flush()
+        return dict(self._pending)
+
     def committed(self) -> None:
         """The checkpoint counts, so what was handed over is there."""
         for path in self._handed:

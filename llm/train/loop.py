@@ -92,6 +92,8 @@ class Trainer:
             last = self.step == steps and not stop
             if last or self.save_wanted or self.schedule.due_by_step(self.step):
                 self.save(wait=last or not self.config.checkpoint.asynchronous)
+            elif self.schedule.snapshot_due(self.step):
+                self.snapshot()
         if stop:
             return self.leave()
         self.print_samples()
@@ -222,17 +224,8 @@ class Trainer:
     def save(self, wait: bool) -> Commit:
         """Begin to commit the state after this step, and with it the metrics up to here; ``wait`` until it counts."""
         self.control.heartbeat("save")
-        state = {
-            "step": self.step,
-            "data_position": self.step,
-            "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
-            "evaluated": self.evaluated,
-            "loss": self.loss,
-            "evaluation_loss": self.evaluation_loss,
-            "data": self.data_identity(),
-            "config_sha256": config_digest(self.config),
-        }
-        commit = self.checkpointer.save(self.step, state, self.metrics.hand_over() if self.world.rank == 0 else None)
+        files = self.metrics.hand_over() if self.world.rank == 0 else None
+        commit = self.checkpointer.save(self.step, self.record(), files)
         self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
         blocked, waited = self.checkpointer.blocked_s, self.checkpointer.waited_s
@@ -242,6 +235,26 @@ class Trainer:
             self.note(self.checkpointer.wait())
         self.saved = commit
         return commit
+
+    def snapshot(self) -> None:
+        """Keep the state after this step in memory, to be committed if a rank dies."""
+        files = self.metrics.pending() if self.world.rank == 0 else None
+        self.checkpointer.snapshot(self.step, self.record(), files)
+        if (pid := self.checkpointer.saver.writer_pid) is not None:
+            self.control.rescuer(pid, self.config.checkpoint.save_seconds)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            "step": self.step,
+            "data_position": self.step,
+            "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
+            "evaluated": self.evaluated,
+            "loss": self.loss,
+            "evaluation_loss": self.evaluation_loss,
+            "data": self.data_identity(),
+            "config_sha256": config_digest(self.config),
+        }
 
     def note(self, events: list[Event]) -> None:
         """Put into metrics and log what became of saves. One that failed costs nothing but what it would have saved."""

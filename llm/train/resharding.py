@@ -51,8 +51,9 @@ def load(
     proof of damage; CheckpointError with the reason when the store does not give the data. After an error the targets
     hold anything.
 
-    Memory on top of the targets: ``connections`` reads of 8 MiB (from a store twice, as the libraries hold the answer
-    too), three rounds of 32 MiB where ranks exchange, and the part manifests, about 1 kB per piece of a tensor.
+    Memory on top of the targets: ``connections`` reads of 8 MiB; where ranks exchange, two messages to send and one
+    received, of 32 MiB each or 1 MiB for each of more than 32 receivers of the same; and what the part manifests say of
+    tensors that are not read alone, about 1 kB per piece.
     """
     complaint = f"cannot load {commit.path} from {storage.url}"
     threads = connections if is_remote(storage) else min(connections, LOCAL_THREADS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import msgspec
 from torch import Tensor
 
 from llm.checkpoint.format import CheckpointError
-from llm.checkpoint.messages import Abandon, Committed, Failed, Layout, Reply, Save, Wanted, Written
+from llm.checkpoint.messages import Abandon, Committed, Failed, Forget, Keep, Layout, Reply, Save, Wanted, Written
 from llm.checkpoint.process import WriterProcess
 from llm.train.staging import Staging
 
@@ -28,6 +29,8 @@ class Saver:
         self._save: Save | None = None
         self._sent = False
         self._until = 0.0
+        self._kept: int | None = None  # the slot of the newest snapshot
+        self._unsent: Keep | None = None  # a snapshot that the writer does not know of yet
         self._start()
 
     @property
@@ -43,18 +46,58 @@ class Saver:
     def set_layout(self, layout: Layout) -> None:
         """What the saves from now on hold."""
         self.layout, self._told = layout, False
-        self.staging.prepare(layout.boxes, layout.files)
+        self._kept = None
+        self.staging.prepare(layout.boxes, layout.files, layout.slots)
 
     def begin(self, save: Save, data: Sequence[Tensor]) -> None:
         """Copy ``data``, one tensor per box of the layout, and have it written. The last save must have ended."""
         assert self._save is None, "two saves at once"
-        self.staging.copy(data)
+        self._send_kept()
+        slot = self._free_slot()
+        if not self._forget(slot):
+            self._discard()
+        self.staging.copy(data, slot)
+        save = msgspec.structs.replace(save, slot=slot)
         self._save, self._sent, self._until = save, False, time.monotonic() + save.limit_s + GRACE_S
+
+    def keep(self, save: Save, world_size: int, data: Sequence[Tensor]) -> None:
+        """Copy ``data`` as :meth:`begin` does, to be written only if this process vanishes. Needs two slots.
+
+        A save that is in flight goes on. Nothing is kept while the copy for it has not ended, or the writer is stuck.
+        """
+        self.poll()
+        if self.busy and not self._sent:
+            return
+        self._send_kept()
+        slot = self._free_slot()
+        if not self._forget(slot):
+            return
+        self.staging.copy(data, slot)
+        self._unsent = Keep(save=msgspec.structs.replace(save, slot=slot), world_size=world_size)
+        self.poll()
+
+    def _free_slot(self) -> int:
+        """A slot that is not being written: if there is a choice, not that of the newest snapshot."""
+        taken = self._save.slot if self._save is not None else self._kept
+        return next((each for each in range(self.layout.slots) if each != taken), 0)
+
+    def _forget(self, slot: int) -> bool:
+        """Tell the writer, which may outlive this process, that a slot is about to change. False when it is stuck."""
+        return self.layout.slots == 1 or self._writer is None or self._writer.send(Forget(slot=slot))
+
+    def _send_kept(self) -> None:
+        """Tell the writer of a snapshot whose copy is complete by now."""
+        if (kept := self._unsent) is not None:
+            self.staging.wait()
+            self._introduce().send(kept)
+            self._kept, self._unsent = kept.save.slot, None
 
     def poll(self, wait_s: float = 0.0) -> list[Reply]:
         """What the writer says, or what has to be said for it. A failure ends the save, and nothing is raised."""
         save = self._save
         try:
+            if self._unsent is not None and self.staging.done():
+                self._send_kept()
             replies = self._listen(wait_s) if save is None else self._exchange(save, wait_s)
         except (CheckpointError, OSError) as error:  # OSError: no process can be started
             self._discard()
@@ -90,11 +133,7 @@ class Saver:
         if not self._sent:
             if not self.staging.done():
                 return []
-            writer = self._start()
-            if not self._told:
-                writer.send(self.layout)
-                self._told = True
-            writer.send(save)
+            self._introduce().send(save)
             self._sent = True
         replies = [each for each in self._listen(wait_s) if isinstance(each, Wanted) or each.commit == save.commit]
         if not replies and time.monotonic() > self._until:
@@ -103,6 +142,14 @@ class Saver:
 
     def _listen(self, wait_s: float) -> list[Reply]:
         return self._writer.replies(wait_s) if self._writer is not None else []
+
+    def _introduce(self) -> WriterProcess:
+        """A writer that knows the layout."""
+        writer = self._start()
+        if not self._told:
+            writer.send(self.layout)
+            self._told = True
+        return writer
 
     def _start(self) -> WriterProcess:
         if self._writer is not None and not self._writer.alive:
@@ -115,3 +162,4 @@ class Saver:
         if self._writer is not None:
             self._writer.close(wait_s=0)
             self._writer = None
+        self._kept = None

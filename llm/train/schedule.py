@@ -42,7 +42,7 @@ class SaveSchedule:
     """Steps are counted alike on every rank. What depends on a clock rank 0 decides, and the step tells the others."""
 
     def __init__(self, config: CheckpointConfig, storage: Storage, rank: int) -> None:
-        self.every_steps = config.every_steps
+        self.every_steps, self.snapshot_steps = config.every_steps, config.snapshot_steps
         self.every_s = 0.0 if config.every_minutes == "auto" else 60 * config.every_minutes
         self.between_s = 0.0
         if config.every_minutes == "auto" and rank == 0:
@@ -58,6 +58,10 @@ class SaveSchedule:
     def due_by_step(self, step: int) -> bool:
         """Is a checkpoint wanted after ``step``?"""
         return self.every_steps > 0 and step % self.every_steps == 0
+
+    def snapshot_due(self, step: int) -> bool:
+        """Is a snapshot wanted after ``step``?"""
+        return self.snapshot_steps > 0 and step % self.snapshot_steps == 0
 
     def saved(self, cost_s: float) -> None:
         """A save has cost the training ``cost_s`` seconds."""

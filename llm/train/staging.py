@@ -18,7 +18,7 @@ from llm.train.pieces import DTYPES
 
 
 class Staging:
-    """As large as what this rank saves, and never larger: a save that finds it in use waits.
+    """As large as what this rank saves, or twice that with snapshots: a save that finds it in use waits.
 
     On CUDA the copy runs on a stream of its own, into pinned memory, while the next forward and backward go on;
     :meth:`fence` must be called before the weights change.
@@ -28,42 +28,44 @@ class Staging:
         self.device = device
         # Not /dev/shm: a container's is often 64 MB. This is memory that only who has the descriptor can see.
         self.descriptor = os.memfd_create("checkpoint", os.MFD_CLOEXEC)
-        self.size = 0
-        self._views: list[tuple[int, list[slice | int], Tensor]] = []
+        self._cuts: list[tuple[int, tuple[slice, ...]]] = []  # (box, what of it)
+        self._views: list[list[Tensor]] = []  # of each slot, where each cut goes
         self._warm: threading.Thread | None = None
         self._pinned: Tensor | None = None
         cuda: Any = torch.cuda  # untyped in parts
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
         self._copied = cuda.Event() if device.type == "cuda" else None
 
-    def prepare(self, boxes: Sequence[Box], files: Sequence[FileImage]) -> None:
-        """Make room for ``files``. The memory is touched in the background, so that no step pays for its first use."""
+    def prepare(self, boxes: Sequence[Box], files: Sequence[FileImage], slots: int = 1) -> None:
+        """Make room for ``slots`` times ``files``; touched in the background: no step pays for its first use."""
         self._settle()
-        self.size = staging_bytes(files)
+        size = staging_bytes(files)
         os.ftruncate(self.descriptor, 0)
-        os.ftruncate(self.descriptor, self.size)
-        self._views = []
-        if not self.size:
+        os.ftruncate(self.descriptor, size * slots)
+        self._cuts, self._views = [], [[] for _ in range(slots)]
+        if not size:
             return
-        whole = torch.frombuffer(mmap.mmap(self.descriptor, self.size), dtype=torch.uint8)
+        whole = torch.frombuffer(mmap.mmap(self.descriptor, size * slots), dtype=torch.uint8)
         if self.device.type == "cuda":
             self._pin(whole)
         for file in files:
             for slot in file.slots:
                 dtype = boxes[slot.box].dtype
-                begin = file.position + slot.begin
-                flat = whole[begin : begin + math.prod(slot.shape) * ITEMSIZE[dtype]]
-                cut = [slice(at, at + size) for at, size in zip(slot.within, slot.shape, strict=True)]
-                self._views.append((slot.box, list(cut), flat.view(DTYPES[dtype]).view(slot.shape)))
+                length = math.prod(slot.shape) * ITEMSIZE[dtype]
+                cut = tuple(slice(at, at + count) for at, count in zip(slot.within, slot.shape, strict=True))
+                self._cuts.append((slot.box, cut))
+                for number, views in enumerate(self._views):
+                    begin = number * size + file.position + slot.begin
+                    views.append(whole[begin : begin + length].view(DTYPES[dtype]).view(slot.shape))
         self._warm = threading.Thread(target=whole.zero_, daemon=True)
         self._warm.start()
 
     @torch.no_grad()
-    def copy(self, data: Sequence[Tensor]) -> None:
-        """Take ``data``, one tensor per box, into the buffer."""
+    def copy(self, data: Sequence[Tensor], slot: int = 0) -> None:
+        """Take ``data``, one tensor per box, into a slot."""
         self._settle()
-        sources = [data[box][tuple(cut)] for box, cut, _ in self._views]
-        targets = [target for _, _, target in self._views]
+        sources = [data[box][cut] for box, cut in self._cuts]
+        targets = self._views[slot]
         if self._stream is None:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)

@@ -101,6 +101,7 @@ class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     every_steps: NonNegativeInt
     every_minutes: NonNegativeFloat | Literal["auto"] = 0.0
     asynchronous: bool = True
+    snapshot_steps: NonNegativeInt = 0
     keep_last: PositiveInt = 3
     keep_every: NonNegativeInt = 0
     keep_best: str = ""

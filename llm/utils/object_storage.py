@@ -181,6 +181,8 @@ class ObjectStorage:
             try:
                 return request(self._key(path), stall_s)
             except FINAL as error:
+                if _code(error) == "NoSuchBucket":  # says nothing about what was in it
+                    raise OSError(f"{verb} {self.url}/{path}: {_reason(error)}") from error
                 raise type(error)(f"{verb} {self.url}/{path}: {_reason(error)}") from error
             except Exception as error:
                 if not _passing(error):
@@ -353,6 +355,12 @@ def _passing(error: Exception) -> bool:
     """May the same request succeed later? Missing credentials and buckets, or a malformed request, will not."""
     hopeless = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
     return type(error).__name__ not in hopeless and not isinstance(error, TypeError | AttributeError | KeyError)
+
+
+def _code(error: Exception) -> str:
+    """What S3 calls the error; empty if it does not come from there."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _reason(error: BaseException) -> str:

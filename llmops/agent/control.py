@@ -50,6 +50,13 @@ class ControlDir:
         """The marker with which ``rank`` says that its state is saved, or None."""
         return self._read(f"stopped.{rank}")
 
+    def rescuer(self, rank: int) -> tuple[int, float] | None:
+        """(process, seconds) that still has work to do when ``rank`` has died, or None."""
+        record = self._read(f"rescuer.{rank}")
+        if record is None or not isinstance(record.get("pid"), int):
+            return None
+        return record["pid"], float(record.get("limit_s", 0))
+
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)

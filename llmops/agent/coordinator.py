@@ -218,7 +218,8 @@ class Coordinator:
             if self.failure is None and not self.stop:
                 self.failure = {**message, "host": peer.host}
                 log(f"attempt {self.attempt['number']}: rank {message['rank']} on {peer.host} {message['kind']}")
-                self._broadcast({"type": "abort"})
+                # With a node lost, what is in the memory of the others is no whole state.
+                self._broadcast({"type": "abort", "rescue": not self.lost})
         elif kind == "ended":
             peer.ended = message
 

@@ -21,6 +21,8 @@ from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 from llmops.agent.wire import Connection, Message
 
 TICK_S = 1.0
+RESCUE_TICK_S = 0.1  # nothing announces the end of a process that is not our child
+RESCUE_MARGIN_S = 10.0  # beside the time that a rescue may take: its processes agree first
 OUTPUT_GRACE_S = 2.0
 
 
@@ -54,6 +56,8 @@ class NodeAgent:
         self.control: ControlDir | None = None
         self.spec: dict[str, Any] = {}
         self.deadline: float | None = None  # epoch seconds by which a stop must be over
+        self.rescuers: set[int] = set()  # processes that are spared for a while
+        self.rescue_until = 0.0
         self.failure_told = False
         self.end_told = False
         self.coordinator.send(
@@ -72,7 +76,7 @@ class NodeAgent:
         """Serve the coordinator until it says goodbye or is gone. Returns this process's exit code."""
         try:
             while True:
-                for key, _ in self.selector.select(TICK_S):
+                for key, _ in self.selector.select(RESCUE_TICK_S if self.rescuers else TICK_S):
                     if key.data == "signals":
                         self._on_signals()
                     elif key.data == "coordinator":
@@ -117,7 +121,10 @@ class NodeAgent:
         elif message["type"] == "stop":
             self._stop(message["cause"], time.time() + message["seconds"])
         elif message["type"] == "abort":
-            self._kill()
+            if message.get("rescue"):
+                self._begin_rescue()
+            if not self.rescuers or not message.get("rescue"):
+                self._kill()
 
     def _start(self, message: Message) -> None:
         self.spec, attempt = message["spec"], message["attempt"]
@@ -189,11 +196,36 @@ class NodeAgent:
             stopping = self.deadline is not None
             # While the ranks stop, only the deadline hurries them: the others may still be saving.
             if code != 0 and not stopping:
+                self._begin_rescue()
                 self._tell_failure(rank, rank.output.tail(), "failed")
-        if self.ranks and all(rank.code is not None for rank in self.ranks):
+        if self.ranks and not self.rescuers and all(rank.code is not None for rank in self.ranks):
             self._tell_end()
 
+    def _begin_rescue(self) -> None:
+        """A rank has died. Kill the others, but let processes that commit their last state do so, for a limited time.
+
+        Called again, when another node is the first to say so, it changes nothing.
+        """
+        if self.control is None or self.rescuers or self.end_told:
+            return
+        told = [each for rank in self.ranks if (each := self.control.rescuer(rank.place.rank)) is not None]
+        alive = processes.marked(self.agent_id)  # a process id may have been used again
+        self.rescuers = {pid for pid, _ in told if pid in alive}
+        if self.rescuers:
+            self.rescue_until = time.monotonic() + max(seconds for _, seconds in told) + RESCUE_MARGIN_S
+            processes.kill_marked(self.agent_id, spare=self.rescuers)
+
+    def _check_rescue(self) -> None:
+        """The rescue is over when its processes have left, when they take too long, or when a stop request hurries."""
+        hurried = self.deadline is not None and time.time() > self.deadline
+        if hurried or time.monotonic() > self.rescue_until or not self.rescuers & set(processes.marked(self.agent_id)):
+            self.rescuers = set()
+            self._kill()
+
     def _check_time(self) -> None:
+        if self.rescuers:
+            self._check_rescue()
+            return
         running = [rank for rank in self.ranks if rank.code is None]
         if not running or self.control is None:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Collection
 
 MARKER = "LLMOPS_AGENT_ID"
 
@@ -31,9 +32,9 @@ def marked(agent_id: str) -> list[int]:
     return found
 
 
-def kill_marked(agent_id: str, timeout_s: float = 10.0) -> list[int]:
-    """SIGKILL every process marked with ``agent_id`` until none is left; those that outlived ``timeout_s`` are
-    returned.
+def kill_marked(agent_id: str, timeout_s: float = 10.0, spare: Collection[int] = ()) -> list[int]:
+    """SIGKILL every process marked with ``agent_id``, except those to ``spare``, until none is left; those that
+    outlived ``timeout_s`` are returned.
 
     Repeated, because a process may fork while the list is read. A process in uninterruptible sleep cannot be killed by
     anyone.
@@ -41,7 +42,7 @@ def kill_marked(agent_id: str, timeout_s: float = 10.0) -> list[int]:
     deadline = time.monotonic() + timeout_s
     pause = 0.01
     while True:
-        alive = marked(agent_id)
+        alive = [pid for pid in marked(agent_id) if pid not in spare]
         if not alive or time.monotonic() > deadline:
             return alive
         for pid in alive:

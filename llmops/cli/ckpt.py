@@ -83,7 +83,7 @@ def _save(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
-    from llm.tools.convert import arguments_of_import
+    from llm.tools.arguments import arguments_of_import
 
     parser.add_argument("source", metavar="SOURCE", help="a directory of torch.distributed.checkpoint or safetensors")
     parser.add_argument("ref", metavar="RUN|URL", help=f"{WHERE}, which may be new")
@@ -91,7 +91,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    from llm.tools.convert import arguments_of_export
+    from llm.tools.arguments import arguments_of_export
 
     parser.add_argument("ref", metavar="RUN[@WHICH]", help=f"{WHICH}; default: the newest")
     parser.add_argument("target", metavar="TARGET", help="path or URL that does not exist yet")

@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import llm.checkpoint.probe as probe_module
 import llm.train.logging as metrics_module
 import llm.train.saver as saver_module
+import llm.utils.object_storage as storage_module
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import folders, is_committed, newest_commit, read_manifest
 from llm.checkpoint.retention import Retention
@@ -93,6 +95,11 @@ class Rank:
             self.go_back(resume)
         self.writer = self.checkpointer.saver.writer_pid
         self.part_failed, self.commands = False, 0
+        if order["forks"] and (pid := os.fork()) >= 0:  # as data loaders do: it holds whatever pipes this rank has
+            if pid == 0:
+                signal.pause()
+                os._exit(0)
+            self.say("forked", pid=pid)
         self.say("ready", writer=self.writer, resumed=None if resume is None else resume.path)
 
     def agree(self, storage: Any, attempt: int) -> tuple[int, Commit | None]:
@@ -185,8 +192,9 @@ class Rank:
         except CheckpointError as error:
             self.say("last_failed", reason=str(error))
         self.metrics.close()
+        writer = self.checkpointer.saver._writer
         self.checkpointer.close()
-        self.say("left")
+        self.say("left", code=None if writer is None else writer._process.returncode)
 
     def save(self) -> None:
         commit = self.checkpointer.save(
@@ -281,7 +289,15 @@ def child(order: dict[str, Any], rank: int) -> None:
         os.dup2(output, 2)
         os.environ.update(order["environment"])
         torch.set_num_threads(1)
-        if order["do"] == "check":
+        if order["do"] == "train":
+            from llm.train.__main__ import main as train
+
+            storage_module.PATIENCE_S = probe_module.ANSWER_S = order["patience_s"]
+            size, port = order["ranks"], order["port"]
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            (folder / f"code{rank}").write_text(str(train(order["arguments"])))
+        elif order["do"] == "check":
             aside = folder / "check.tmp"
             aside.write_text(json.dumps(check(order)))
             aside.rename(folder / "check.json")

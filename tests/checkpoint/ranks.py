@@ -34,12 +34,17 @@ def until(happened: Callable[[], T], what: str, seconds: float = DEADLINE_S) -> 
     return value
 
 
+def state_of(pid: int) -> str:
+    """What a process does, as the kernel abbreviates it: R, S, D, Z and so on. X when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 def alive(pid: int) -> bool:
     """Does a process run? One that has ended and waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return state_of(pid) not in ("Z", "X")
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
@@ -47,6 +52,15 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def fill(path: Path, spare: int = 0) -> None:
+    """Make a file of all that its disk has, but for ``spare`` bytes."""
+    with path.open("wb", buffering=0) as stream:
+        with contextlib.suppress(OSError):
+            while stream.write(bytes(1 << 16)):
+                pass
+        stream.truncate(max(path.stat().st_size - spare, 0))
 
 
 @dataclass
@@ -123,6 +137,10 @@ class Ranks:
         self.wait(lambda: len(self.events(0, "begun")) > count, "a save that begins")
         return str(self.events(0, "begun")[count]["commit"])
 
+    def tell_save(self) -> None:
+        """Ask for a save, and do not wait for anything."""
+        self.tell(SAVE)
+
     def outcome(self, commit: str, seconds: float = DEADLINE_S) -> dict[str, Any]:
         """What became of a save, on rank 0."""
 
@@ -153,7 +171,12 @@ class Ranks:
         ranks = range(len(self.pids))
         self.strict = False
         self.wait(lambda: all(self.events(rank, "left") for rank in ranks), "ranks that leave")
-        until(lambda: not any(map(alive, self.pids)), "the end of the ranks")
+        self.wait_gone()
+
+    def wait_gone(self) -> None:
+        """Return when every rank and every writer has ended by itself."""
+        self.strict = False
+        self.wait(lambda: not any(map(alive, self.everything())), "the end of all processes")
 
     def everything(self) -> list[int]:
         """Ranks and writers."""
@@ -209,13 +232,14 @@ class Nursery:
         megabytes: float = 0.1,
         step_s: float = 0.005,
         twice: bool = False,
+        forks: bool = False,
         environment: dict[str, str] | None = None,
     ) -> Ranks:
         """Ranks that save to ``url`` every so many steps, or when they are told; the newest commit is resumed."""
         folder.mkdir(parents=True)
         pids = self._order(
             folder,
-            do="train",
+            do="save",
             url=url,
             ranks=ranks,
             port=free_ports(1)[0],
@@ -227,9 +251,20 @@ class Nursery:
             megabytes=megabytes,
             step_s=step_s,
             twice=twice,
+            forks=forks,
             environment={**aws(), **(environment or {})},
         )
         self.started.append(Ranks(folder, pids))
+        return self.started[-1]
+
+    def train(
+        self, folder: Path, arguments: list[str], patience_s: float, environment: dict[str, str] | None = None
+    ) -> Ranks:
+        """``python -m llm.train ARGUMENTS`` as two ranks; ``code<rank>`` in the folder has each exit code."""
+        folder.mkdir(parents=True)
+        order = {"arguments": arguments, "ranks": 2, "port": free_ports(1)[0], "patience_s": patience_s}
+        pids = self._order(folder, do="train", environment={**aws(), **(environment or {})}, **order)
+        self.started.append(Ranks(folder, pids, strict=False))
         return self.started[-1]
 
     def check(self, folder: Path, url: str, megabytes: float = 0.1) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.checkpoint.proxy import Faults, Proxy, proxy
 from tests.checkpoint.ranks import DEADLINE_S, Nursery, Ranks, until
 from tests.conftest import BUCKET
 
-MEGABYTES = 3.0
+MEGABYTES = 1.5
 DATA = r"PUT .*\.safetensors"
 
 
@@ -132,33 +132,36 @@ def server_pid() -> int:
 # --- saves -----------------------------------------------------------------------------------------------------------
 
 
+PASSING = (  # faults, for how many seconds, within what time the save ends
+    (Faults(refuse=True), 1.5, 10.0),  # 503 for everything
+    (Faults(match=DATA, reset_after=100_000), 1.0, 10.0),  # in mid-upload
+    (Faults(share=0.1, refuse=True), None, 10.0),
+    (Faults(share=0.1, reset_after=0), None, 10.0),
+    (Faults(match="GET|HEAD", share=0.2, cut_answer=10), None, 10.0),
+    (Faults(match="PUT", share=0.5, lose_answer=True), None, 10.0),
+    (Faults(match=DATA, first=1, ignore=True), None, 5.0),  # a black hole that there is a way around
+    (Faults(rate=1e6), None, 10.0),
+)
+LASTING = (
+    Faults(refuse=True),
+    Faults(match=DATA, reset_after=100_000),
+    Faults(ignore=True),
+    Faults(match=DATA, swallow=True),
+    Faults(match=r"GET .*list-type=2", ignore=True),
+)
+
+
 def test_what_passes_in_time_costs_nothing_else(training: Training) -> None:
-    for faults, seconds in (
-        (Faults(refuse=True), 2.0),  # 503 for everything
-        (Faults(match=DATA, reset_after=100_000), 1.5),  # in mid-upload
-        (Faults(share=0.1, refuse=True), None),
-        (Faults(share=0.1, reset_after=0), None),
-        (Faults(match="GET|HEAD", share=0.2, cut_answer=10), None),
-        (Faults(match="PUT", share=0.5, lose_answer=True), None),
-        (Faults(match=DATA, first=1, ignore=True), None),  # a black hole of which there is a way around
-        (Faults(match="PUT .*manifest.json", first=1, swallow=True), None),
-        (Faults(rate=1e6), None),
-    ):
-        outcome = training.disturbed(faults, 15.0, seconds)
+    for faults, seconds, limit_s in PASSING:
+        outcome = training.disturbed(faults, limit_s, seconds)
         assert outcome["event"] == "committed", (faults, outcome)
     training.check()
 
 
 def test_what_lasts_fails_the_save_and_nothing_else(training: Training) -> None:
     failed = []
-    for faults in (
-        Faults(refuse=True),
-        Faults(match=DATA, reset_after=100_000),
-        Faults(ignore=True),
-        Faults(match=DATA, swallow=True),
-        Faults(match=r"GET .*list-type=2", ignore=True),
-    ):
-        outcome = training.disturbed(faults, 3.0)
+    for faults in LASTING:
+        outcome = training.disturbed(faults, 1.5)
         assert outcome["event"] == "failed", (faults, outcome)
         failed.append(outcome["commit"])
     training.check(failed)
@@ -169,7 +172,7 @@ def test_a_server_that_is_stopped_for_a_while(training: Training) -> None:
     os.kill(server, signal.SIGSTOP)
     try:
         commit = training.ranks.save(limit_s=DEADLINE_S)
-        training.ranks.wait_step(100)
+        training.ranks.wait_step(50)
     finally:
         os.kill(server, signal.SIGCONT)
     assert training.ranks.outcome(commit)["event"] == "committed"
@@ -181,7 +184,7 @@ def test_requests_that_arrive_after_their_save_has_failed(training: Training) ->
     before = training.commit()
     for what in (r"PUT .*rank00000-000\.safetensors", r"PUT .*/parts/00001\.", r"PUT .*manifest\.json"):
         training.network.faults = Faults(match=what, late=True)
-        commit = training.ranks.save(limit_s=2.0)
+        commit = training.ranks.save(limit_s=1.5)
         assert training.ranks.outcome(commit)["event"] == "failed"
         assert training.network.taken
         training.network.faults = Faults(match="only so that they differ")
@@ -197,7 +200,7 @@ def test_a_save_that_begins_while_another_drains(nursery: Nursery, tmp_path: Pat
         tmp_path / "ranks", s3_url, megabytes=1, twice=True, environment={"AWS_ENDPOINT_URL": faulty.url}
     ).wait_ready()
     faulty.faults = Faults(match=DATA, hold=True)
-    ranks.tell(1)
+    ranks.tell_save()
     ranks.wait(lambda: faulty.hits, "an upload that is held up")
     faulty.faults = Faults(rate=1e6)
     ranks.wait(lambda: len(ranks.committed()) == 2, "two commits")
@@ -252,8 +255,8 @@ def test_uploads_start_over_and_downloads_are_whole(through: ObjectStorage, faul
 
 def test_a_slow_line_is_not_a_dead_one(through: ObjectStorage, faulty: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte counts as progress, those that the kernel has taken too; no try has to be the whole."""
-    monkeypatch.setattr("llm.utils.object_storage.STALL_S", 1.0)
-    data = os.urandom(6_000_000)
+    monkeypatch.setattr("llm.utils.object_storage.STALL_S", 0.5)
+    data = os.urandom(3_000_000)
     faulty.faults = Faults(rate=1.5e6)
     before = len(faulty.seen)
     through.write("x", memoryview(data))

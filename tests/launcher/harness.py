@@ -141,7 +141,10 @@ class Launcher:
         """Command lines of all processes that have to do with the run: supervisors, agents, ranks, their children."""
         found = []
         for pid, env in _processes():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except FileNotFoundError:  # it has just gone
+                continue
             supervisor = any(sign in command for sign in ("agent/", "/proc/self/fd/", "llmops.runs.remote"))
             if env.get("LLMOPS_RUN_ID") == run_id or (run_id in command and supervisor):
                 found.append(f"{pid} {command}")

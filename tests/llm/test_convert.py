@@ -6,8 +6,12 @@ import io
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ from llm.train.pieces import DTYPES
 from llm.utils.config import TrainingConfig, load
 from llm.utils.storage import Storage, open_storage
 from tests.conftest import RunMaker, free_ports
-from tests.llm.harness import REPOSITORY, tiny
+from tests.llm.harness import REPOSITORY, start, tiny, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 LLMOPS = [sys.executable, "-m", "llmops"]
@@ -246,18 +250,53 @@ def test_hostile_values_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "ran").exists()
 
 
-def test_hostile_tensors_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The metadata is good, and what should be a tensor is a program."""
-    dcp.save({"w": torch.ones(4), "step": 3}, checkpoint_id=tmp_path / "dcp")
-    data = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
+def torch_file(value: object) -> bytes:
     stream = io.BytesIO()
-    torch.save(Touch(tmp_path / "ran"), stream)
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def bomb() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10_000_000))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("program", r"cannot be read: Weights only load failed"),
+        ("bomb", r"claims 10000000 bytes"),
+        ("shape", r"is torch\.float32 \[2, 2\], \.metadata says torch\.float32 \[4\]"),
+        ("type", r"is torch\.int32 \[4\], \.metadata says torch\.float32 \[4\]"),
+        ("sparse", r"is stored as a Tensor: only plain dense tensors are read"),
+        ("number", r"is stored as a int: only plain dense tensors are read"),
+        ("nothing", r"cannot be read: File is not a zip file"),
+    ],
+)
+def test_what_is_no_tensor_runs_nothing(
+    tmp_path: Path, what: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The metadata is good, and what should be a tensor is something else."""
+    dcp.save({"w": torch.ones(4), "step": 3}, checkpoint_id=tmp_path / "dcp")
+    content = {
+        "program": torch_file(Touch(tmp_path / "ran")),
+        "bomb": bomb(),
+        "shape": torch_file(torch.ones(2, 2)),
+        "type": torch_file(torch.ones(4, dtype=torch.int32)),
+        "sparse": torch_file(torch.ones(4).to_sparse()),
+        "number": torch_file(4),
+        "nothing": bytes(100),
+    }[what]
+    data = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
     (place,) = (place for index, place in data.storage_data.items() if index.fqn == "w")
-    place.relative_path, place.offset, place.length = "evil", 0, len(stream.getvalue())
-    (tmp_path / "dcp" / "evil").write_bytes(stream.getvalue())
+    place.relative_path, place.offset, place.length = "evil", 0, len(content)
+    (tmp_path / "dcp" / "evil").write_bytes(content)
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(data))
-    message = refused(capsys, "import", str(tmp_path / "dcp"), str(tmp_path / "run"), "--skip-unreadable")
-    assert "evil: tensor w at bytes 0 to" in message
+    error = refused(capsys, "import", str(tmp_path / "dcp"), str(tmp_path / "run"), "--skip-unreadable")
+    assert re.search(message, error)
+    assert "evil: tensor w" in error
     assert not (tmp_path / "ran").exists()
     assert commits(open_storage(str(tmp_path / "run"))) == []
     assert list((tmp_path / "run" / "checkpoints").glob("*/*")) == []
@@ -265,6 +304,8 @@ def test_hostile_tensors_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_what_is_missing_or_cut_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["import", str(tmp_path / "dcp"), str(tmp_path / "run")]
+    (tmp_path / "file").write_text("")
+    assert "file is a file: give the directory" in refused(capsys, "import", str(tmp_path / "file"), words[2])
     (tmp_path / "dcp").mkdir()
     assert "neither .metadata nor *.safetensors" in refused(capsys, *words)
     dcp.save({"w": torch.ones(400)}, checkpoint_id=tmp_path / "dcp")
@@ -292,6 +333,17 @@ def test_imports_follow_each_other_and_touch_nothing(tmp_path: Path, capsys: pyt
     parents = [read_manifest(storage, commit).parent for commit in commits(storage)]
     assert parents == [None, "checkpoints/step_00000100/0000-0000", None]
     assert torch.equal(tensors_of(run_url)["w"], torch.full((3,), 100.0))
+
+
+def test_two_imports_never_share_a_folder(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    commit, parent = commit_writer.next_commit(storage, 5)
+    storage.create(f"{commit.path}/{commit_writer.MARK}", b"the other's")
+    storage.write(f"{commit.path}/rank00000-000.safetensors", b"the other's")
+    with pytest.raises(CheckpointError, match=r"somebody else is writing checkpoints/step_00000005/0000-0000"):
+        commit_writer.write_commit(storage, commit, parent, [], {}, lambda count: None)
+    assert storage.list(commit.path) == ["importing", "rank00000-000.safetensors"]
+    assert commit_writer.next_commit(storage, 5)[0] == Commit(attempt=0, generation=1, step=5)
 
 
 # --- a Llama ---------------------------------------------------------------------------------------------------------
@@ -637,7 +689,7 @@ def test_a_url_that_somebody_else_fills_meanwhile(memory_url: str) -> None:
 
 
 def test_what_is_too_large_for_an_object_is_not_begun(memory_url: str) -> None:
-    with pytest.raises(CheckpointError, match="would have 6.0 GB, too much for one object"):
+    with pytest.raises(CheckpointError, match=r"would have 6\.0 GB, too much for one object"):
         fill_file(f"{memory_url}/y", 6 * 10**9, AssertionError("it was begun"))
 
 
@@ -653,7 +705,7 @@ def test_what_an_export_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[
     run_url, target = str(tmp_path / "run"), str(tmp_path / "out")
     assert "holds no committed checkpoint" in refused(capsys, "export", run_url, target, "--format", "dcp")
     save(run_url, {"model.w": torch.ones(3)}, {"step": 20})
-    assert "has no config.yaml" in refused(capsys, "export", run_url, target, "--format", "hf")
+    assert "has no config.yaml that tells" in refused(capsys, "export", run_url, target, "--format", "hf")
     write_config(tmp_path / "run")
     message = refused(capsys, "export", run_url, target, "--format", "hf")
     assert "does not hold the model of config.yaml: they differ in model.blocks.0.attention.wk.weight" in message
@@ -677,6 +729,17 @@ def test_without_torch_one_line_says_what_to_install(tmp_path: Path) -> None:
     assert done.stderr == "convert: error: torch is not installed here: pip install 'llmops[train]'\n"
 
 
+def test_training_goes_on_from_its_own_export(tmp_path: Path) -> None:
+    config = tiny(train__max_steps=12, checkpoint__every_steps=6, eval__every_steps=0)
+    (first, second), middle = (tmp_path / "first", tmp_path / "second"), "checkpoints/step_00000006/0000-0000"
+    assert start(first, config, ranks=1).finish() == [0]
+    assert main(["export", str(first), str(tmp_path / "dcp"), "--format", "dcp", "--commit", middle]) == 0
+    assert main(["import", str(tmp_path / "dcp"), str(second)]) == 0
+    assert start(second, config, ranks=1).finish() == [0]
+    steps = trajectory(first)
+    assert trajectory(second) == {step: steps[step] for step in range(7, 13)}
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -684,7 +747,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(3), "step": 8}, checkpoint_id=tmp_path / "dcp")
     source, run_url, target = (str(tmp_path / name) for name in ("dcp", "run", "out"))
     output, _ = run("ckpt", "import", source, run_url)
-    assert output == "imported checkpoints/step_00000008/0000-0000: 1 tensors, 0.0 MB, names kept\n"
+    assert output == "imported checkpoints/step_00000008/0000-0000: 1 tensor, 76 B, names kept\n"
     output, _ = run("ckpt", "export", f"{run_url}@8", target, "--format", "dcp")
     assert output.startswith(f"exported checkpoints/step_00000008/0000-0000 to {target}")
     found = {"w": torch.zeros(3)}
@@ -696,16 +759,59 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "has no checkpoint of step 7" in error
 
 
+def test_a_config_without_a_model_is_no_obstacle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"w": torch.ones(3), "step": 8}, checkpoint_id=tmp_path / "dcp")
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "run" / "config.yaml"
+    for text, code in (("train: {}", 0), ("", 0), ("model: {dim: 3}", 2), ("[", 2)):
+        config.write_text(text)
+        assert main(["import", str(tmp_path / "dcp"), str(tmp_path / "run")]) == code
+    first, second = capsys.readouterr().err.splitlines()
+    assert "config.yaml: model: Object missing required field" in first
+    assert "config.yaml is not YAML" in second
+
+
 def test_a_run_that_may_be_alive_takes_no_import(make_run: RunMaker, tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(3), "step": 8}, checkpoint_id=tmp_path / "dcp")
     made = make_run("alive", backend="local")
     words = ["ckpt", "import", str(tmp_path / "dcp"), "alive", "--runs-url", make_run.runs_url]
     _, error = run(*words, code=2)
     assert "cancel it first, or import into a folder of its own" in error
+    made.submission(backend="local")
     made.start(0)
     made.end(0, "finished")
     run(*words)
     assert newest_commit(open_storage(made.store.url)) == Commit(attempt=0, generation=0, step=8)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_an_import_that_is_broken_off_leaves_nothing(tmp_path: Path, how: str) -> None:
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "dcp")
+    (tmp_path / "dcp" / "__0_0.distcp").unlink()
+    os.mkfifo(tmp_path / "dcp" / "__0_0.distcp")  # whoever opens it waits
+    program = [*LLMOPS, "ckpt"] if how == "Ctrl-C" else [sys.executable, "-m", "llm.tools.convert"]
+    process = subprocess.Popen(
+        [*program, "import", str(tmp_path / "dcp"), str(tmp_path / "run"), "--step", "8"],
+        cwd=REPOSITORY,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob("run/checkpoints/*/*/importing")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "it did not begin to write"
+            time.sleep(0.01)
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        assert process.communicate(timeout=60) == (None, b"")
+        assert process.returncode == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_on_s3(tmp_path: Path, s3_url: str) -> None:

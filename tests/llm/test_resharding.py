@@ -3,89 +3,27 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import re
-import secrets
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from llm.checkpoint import plan
+from llm.checkpoint.boxes import Box
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import read_manifest, read_part
 from llm.train.dist import World
 from llm.train.pieces import DTYPES, NAMES, LocalPiece, local_pieces
-from llm.train.resharding import load
+from llm.train.resharding import _Target, load
 from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage, open_storage
 from tests.checkpoint.maker import make_commit
-
-RANKS = 8
-DEADLINE_S = 120.0
-
-# --- ranks -----------------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """Processes that stay, so that torch is imported once: each call joins some of them to a group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor"])
-        self.ends: list[Connection] = []
-        self.processes = []
-        for rank in range(RANKS):
-            mine, theirs = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(rank, theirs), daemon=True))
-            self.processes[-1].start()
-            self.ends.append(mine)
-
-    def __call__(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``work(world, *arguments)`` returns on each of ``size`` ranks; an error there is one here."""
-        store = str(self.folder / secrets.token_hex(8))
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        for end in self.ends[:size]:
-            end.send((size, store, environment, work, arguments))
-        deadline = time.monotonic() + DEADLINE_S
-        answers = []
-        for rank, end in enumerate(self.ends[:size]):
-            assert end.poll(max(deadline - time.monotonic(), 0)), f"rank {rank} of {size} did not answer"
-            answers.append(end.recv())
-        errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
-        assert not errors, "\n".join(errors)
-        return [answer for _, answer in answers]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def serve(rank: int, calls: Connection) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    while True:
-        size, store, environment, work, arguments = calls.recv()
-        os.environ.update(environment)
-        try:
-            if size > 1:
-                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-            calls.send((None, work(World(rank, size, rank, torch.device("cpu"), size > 1), *arguments)))
-        except BaseException:
-            calls.send((traceback.format_exc(), None))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+from tests.llm.layouts import SHAPES, assert_filled, cut, full, raw, save, set_limits, targets
+from tests.llm.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -93,106 +31,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("stores"))
     yield started
     started.close()
-
-
-# --- states and layouts ----------------------------------------------------------------------------------------------
-
-SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-    "model.weight": ((700, 96), torch.float32),
-    "model.head": ((37, 301), torch.bfloat16),
-    "model.float8": ((33, 130), torch.float8_e4m3fn),
-    "model.scale": ((9,), torch.float8_e5m2),
-    "model.experts": ((4, 30, 50), torch.float32),
-    "model.norm": ((3,), torch.float32),
-    "model.counts": ((5, 7, 3), torch.int64),
-    "model.mask": ((11, 5), torch.bool),
-    "model.spectrum": ((6, 4), torch.complex64),
-    "model.empty": ((0, 4), torch.float16),
-    "model.one": ((), torch.float64),
-    "optimizer.moment": ((700, 96), torch.float32),
-    "optimizer.quantised": ((4099,), torch.uint8),
-    "optimizer.step": ((), torch.int64),
-}
-
-
-def full(name: str) -> torch.Tensor:
-    """The values of a tensor: all bit patterns, NaN among them."""
-    shape, dtype = SHAPES[name]
-    size = math.prod(shape) * dtype.itemsize
-    generator = torch.Generator().manual_seed(sorted(SHAPES).index(name))
-    data = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
-    return data.view(dtype).reshape(shape)
-
-
-Boxes = list[tuple[list[int], list[int]]]
-
-
-def boxes(name: str, layout: str, rank: int, size: int) -> Boxes:
-    """What a rank holds of a tensor: (offset, shape) of each box with values."""
-    shape, dims = list(SHAPES[name][0]), len(SHAPES[name][0])
-    everything: Boxes = [([0] * dims, shape)]
-    if dims == 0 or not all(shape) or layout == "replicated":
-        return everything
-    if layout == "strips":  # rows dealt like cards
-        width = -(-shape[0] // (3 * size))
-        strips = range(rank * width, shape[0], size * width)
-        return [([at] + [0] * (dims - 1), [min(width, shape[0] - at), *shape[1:]]) for at in strips]
-    tall = {"rows": size, "columns": 1, "grid": 2 if size % 2 == 0 else 1}[layout] if dims > 1 else size
-    parts = [(tall, rank // (size // tall)), (size // tall, rank % (size // tall))]
-    offset, extent = [0] * dims, list(shape)
-    for axis, (count, which) in zip(range(dims), parts, strict=False):
-        width = -(-shape[axis] // count)
-        offset[axis] = min(which * width, shape[axis])
-        extent[axis] = min(width, shape[axis] - offset[axis])
-    return [(offset, extent)] if all(extent) else []
-
-
-def cut(values: torch.Tensor, offset: list[int], extent: list[int]) -> torch.Tensor:
-    return values[tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))]
-
-
-def raw(values: torch.Tensor) -> bytes:
-    return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def save(storage: Storage, step: int, size: int, layout: str, only: str = "") -> Commit:
-    """A checkpoint of the state; what is replicated is in the part of one rank, another one for each tensor."""
-    held: list[dict[str, Any]] = [{} for _ in range(size)]
-    for number, name in enumerate(each for each in SHAPES if each.startswith(only)):
-        shape, dtype = SHAPES[name]
-        for rank in range(size):
-            whole = layout == "replicated" or not shape or not all(shape)
-            if whole and rank != number % size:
-                continue
-            values = full(name)
-            for offset, extent in boxes(name, layout, rank, size):
-                data = np.frombuffer(raw(cut(values, offset, extent)), f"V{dtype.itemsize}").reshape(extent)
-                held[rank].setdefault(name, []).append((data, list(shape), offset, NAMES[dtype]))
-    return make_commit(storage, step, held, file_bytes=200_000)
-
-
-def targets(layout: str, rank: int, size: int, only: str = "") -> list[LocalPiece]:
-    return [
-        LocalPiece(name, torch.zeros(extent, dtype=dtype), list(shape), offset)
-        for name, (shape, dtype) in SHAPES.items()
-        if name.startswith(only)
-        for offset, extent in boxes(name, layout, rank, size)
-    ]
-
-
-def assert_filled(pieces: list[LocalPiece]) -> None:
-    for piece in pieces:
-        expected = cut(full(piece.name), piece.offset, list(piece.data.shape))
-        assert raw(piece.data) == raw(expected), f"{piece.name} at {piece.offset}"
-
-
-USUAL = (plan.ROUND, plan.LOCAL_SPAN, plan.MAX_BLOCK, plan.LOCAL_DIRECT_READ)
-
-
-def set_limits(small: bool) -> None:
-    """Small ones: a small state takes many reads and rounds, and nothing is too little to exchange."""
-    chosen = (50_000, 20_000, 4096, 0) if small else USUAL
-    plan.ROUND, plan.LOCAL_SPAN, plan.MAX_BLOCK, plan.LOCAL_DIRECT_READ = chosen
 
 
 # --- any number of ranks, any layout ---------------------------------------------------------------------------------
@@ -257,9 +95,10 @@ def load_dtensors(world: World, storage: Storage, commit: Commit) -> int:
 def test_any_layout_becomes_any_other(tmp_path: Path, ranks: Ranks, size: int) -> None:
     storage = open_storage(str(tmp_path))
     commits = [save(storage, step, *saved) for step, saved in enumerate(SAVED)]
-    counts = ranks(size, load_every_layout, str(tmp_path), commits[:4], False)
-    counts += ranks(size, load_every_layout, str(tmp_path), commits[2:], True)
-    assert min(counts) >= 4 * 5
+    few = commits[:: 2 if size > 3 else 1]
+    counts = ranks(size, load_every_layout, str(tmp_path), few[::2], False)
+    counts += ranks(size, load_every_layout, str(tmp_path), few[1::2], True)
+    assert min(counts) >= 5 * len(few) // 2
 
 
 # --- S3 --------------------------------------------------------------------------------------------------------------
@@ -320,7 +159,7 @@ def test_s3_gives_each_byte_about_once(ranks: Ranks, s3_url: str) -> None:
             held[rank][name] = (values[rank * half : (rank + 1) * half], list(shape), [rank * half, 0])
     commit = make_commit(storage, 5, held, file_bytes=16 << 20)
     state = read_manifest(storage, commit).bytes
-    for size, axis in ((3, 0), (1, 0), (2, 0), (2, 1), (3, None)):
+    for size, axis in ((3, 0), (2, 1), (2, None)):
         fetched = sum(ranks(size, load_counted, s3_url, commit, axis))
         assert state <= fetched <= 1.05 * state, (size, axis)
 
@@ -380,6 +219,18 @@ def test_targets_of_any_memory(tmp_path: Path) -> None:
     assert raw(byte) == raw(full("model.float8"))
     surrounded[1:701, 2:98] = 7.0
     assert torch.all(surrounded == 7.0)
+
+
+def test_a_tensor_on_a_device_is_filled_through_a_copy() -> None:
+    """The way of a GPU's memory, here without one: torch copies, numpy does not see it."""
+    tensor = torch.zeros(4, 6, dtype=torch.bfloat16)
+    target = _Target(tensor[:, 1:5])
+    target.array = None
+    values = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    target.put(Box((1, 2), (2, 6)), values.view(torch.uint8).numpy())
+    expected = torch.zeros(4, 6, dtype=torch.bfloat16)
+    expected[1:3, 2:5] = values
+    assert torch.equal(tensor, expected)
 
 
 def test_every_type_that_a_checkpoint_may_have(tmp_path: Path) -> None:
