@@ -15,7 +15,6 @@ for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
 
 import contextlib  # noqa: E402
 import hashlib  # noqa: E402
-import math  # noqa: E402
 import mmap  # noqa: E402
 import os  # noqa: E402
 import queue  # noqa: E402
@@ -23,7 +22,6 @@ import select  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
-from array import array  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait  # noqa: E402
 
@@ -31,9 +29,9 @@ import msgspec  # noqa: E402
 from crc32c import crc32c  # noqa: E402
 
 from llm.checkpoint import retention  # noqa: E402
+from llm.checkpoint.describe import describe  # noqa: E402
 from llm.checkpoint.format import (  # noqa: E402
     FORMAT,
-    ITEMSIZE,
     MANIFEST,
     PARTS,
     CheckpointError,
@@ -42,10 +40,7 @@ from llm.checkpoint.format import (  # noqa: E402
     Manifest,
     PartEntry,
     PartManifest,
-    Piece,
     Tensor,
-    block_size,
-    pack_checksums,
     parse_part_name,
     part_name,
     seal,
@@ -220,31 +215,14 @@ class Writer:
         """Write one file, and describe it. The checksums are taken from the very memory that is written."""
         self.buffer[image.position : image.position + len(image.header)] = image.header
         data = self.buffer[image.position : image.position + image.size]
-        sums = self.sums.submit(lambda: list(self._pieces(image, data)))
+        index = self.layout.files.index(image)
+        sums = self.sums.submit(lambda: list(describe(self.layout.boxes, image, index, data)))
         storage.write(f"{commit.path}/{image.name}", data)
         described, size = sums.result(), len(image.header)
         return (
             DataFile(name=image.name, bytes=image.size, header=size, header_crc32c=crc32c(image.header)),
             described,
         )
-
-    def _pieces(self, image: FileImage, data: memoryview) -> Iterator[tuple[str, Tensor]]:
-        index = self.layout.files.index(image)
-        for slot in image.slots:
-            box = self.layout.boxes[slot.box]
-            size = math.prod(slot.shape) * ITEMSIZE[box.dtype]
-            block = block_size(size)
-            end = slot.begin + size
-            checksums = array("I", (crc32c(data[at : min(at + block, end)]) for at in range(slot.begin, end, block)))
-            piece = Piece(
-                offset=[a + b for a, b in zip(box.offset, slot.within, strict=True)],
-                shape=slot.shape,
-                file=index,
-                begin=slot.begin,
-                block=block,
-                crc32c=pack_checksums(checksums),
-            )
-            yield box.name, Tensor(dtype=box.dtype, shape=box.shape, pieces=[piece], placement=box.placement)
 
     def _manifest(self, storage: Storage, save: Save, order: CommitOrder, until: float) -> Manifest:
         """Rank 0: what to commit, once every part is durable. Raises CheckpointError when that takes too long."""

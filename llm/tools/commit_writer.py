@@ -9,8 +9,7 @@ import mmap
 import queue
 import secrets
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from crc32c import crc32c
 from torch import Tensor
 
+from llm.checkpoint.describe import describe
 from llm.checkpoint.format import (
     FORMAT,
     ITEMSIZE,
@@ -29,9 +29,6 @@ from llm.checkpoint.format import (
     Manifest,
     PartEntry,
     PartManifest,
-    Piece,
-    block_size,
-    pack_checksums,
     part_name,
     seal,
 )
@@ -186,25 +183,7 @@ def _fill(buffer: mmap.mmap, boxes: Sequence[Box], image: FileImage, values: _Va
 def _write_file(
     storage: Storage, commit: Commit, boxes: Sequence[Box], image: FileImage, index: int, data: memoryview
 ) -> tuple[DataFile, list[tuple[str, Saved]]]:
-    described = list(_pieces(boxes, image, index, data))
+    described = list(describe(boxes, image, index, data))
     storage.write(f"{commit.path}/{image.name}", data)
     header = len(image.header)
     return DataFile(name=image.name, bytes=image.size, header=header, header_crc32c=crc32c(image.header)), described
-
-
-def _pieces(boxes: Sequence[Box], image: FileImage, index: int, data: memoryview) -> Iterator[tuple[str, Saved]]:
-    """What lies in a file, with its checksums."""
-    for slot in image.slots:
-        box = boxes[slot.box]
-        size = math.prod(slot.shape) * ITEMSIZE[box.dtype]
-        block, end = block_size(size), slot.begin + size
-        sums = array("I", (crc32c(data[at : min(at + block, end)]) for at in range(slot.begin, end, block)))
-        piece = Piece(
-            offset=[a + b for a, b in zip(box.offset, slot.within, strict=True)],
-            shape=slot.shape,
-            file=index,
-            begin=slot.begin,
-            block=block,
-            crc32c=pack_checksums(sums),
-        )
-        yield box.name, Saved(dtype=box.dtype, shape=box.shape, pieces=[piece])

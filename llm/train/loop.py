@@ -279,6 +279,13 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a commit's state. Raises ConfigError when its data position means nothing in this stream."""
+        if "imported" in state and "data" not in state:  # of another program: it has no position in this text
+            self.step = state["step"]
+            steps = state["imported"]["values"].get("optimizer.step")
+            self.optimizer.steps = steps if isinstance(steps, int) else self.step
+            if self.world.rank == 0:
+                print(f"note: an imported checkpoint: the data goes on at batch {self.step} of this text", flush=True)
+            return
         mine, theirs = self.data_identity(), state["data"]
         if changed := [key for key in mine if mine[key] != theirs.get(key)]:
             changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine[key]}" for key in changed)

@@ -7,10 +7,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from llm.checkpoint.format import Commit
-from llm.checkpoint.lineage import commits, newest_commit
+from llm.checkpoint.format import Commit, seal
+from llm.checkpoint.lineage import commits, newest_commit, read_manifest
 from llm.utils.storage import open_storage
 from tests.llm.harness import Attempt, fingerprints, lines, start, tiny, trajectory
 
@@ -99,6 +100,24 @@ def test_stop_before_the_first_step_keeps_the_commit(undisturbed: Path, tmp_path
     marker = json.loads((attempt.control / "stopped.0").read_text())
     assert (marker["step"], marker["commit"]) == (25, "checkpoints/step_00000025/0000-0000")
     assert [commit.attempt for commit in commits(open_storage(str(run)))] == [0, 0, 0]
+
+
+def test_an_imported_checkpoint_starts_where_its_step_is(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    storage = open_storage(str(run))
+    commit = newest_commit(storage)
+    assert commit is not None
+    state = {"step": commit.step, "imported": {"values": {"optimizer.step": 7}}}
+    foreign = msgspec.structs.replace(read_manifest(storage, commit), state=state)
+    storage.replace(f"{commit.path}/manifest.json", seal(foreign))
+    config = tiny()
+    config["train"]["max_steps"] = commit.step + 3
+    attempt = start(run, config, ranks=1, attempt=1, resume="newest")
+    (output,) = (rank.communicate(timeout=90)[0] for rank in attempt.ranks)
+    assert attempt.ranks[0].returncode == 0, output
+    assert f"the data goes on at batch {commit.step}" in output
+    assert [line["step"] for line in lines(run, 1, "step")] == [commit.step + 1, commit.step + 2, commit.step + 3]
 
 
 def flip_a_bit(run: Path, step: int, rank: int) -> None:
