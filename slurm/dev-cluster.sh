@@ -21,6 +21,7 @@ Environment:
   LLMOPS_KILLWAIT        s from TERM to KILL        (30)
   LLMOPS_SLURMD_TIMEOUT  s until a node is down     (20)
   LLMOPS_PROCTRACK       linuxproc or cgroup        (linuxproc)
+  LLMOPS_SLURM_CONF      more lines of slurm.conf, separated by ";"; they win over the script's own
 A running cluster keeps the values it was given until others are named.
 
 Exit codes: 0 done; 1 failed or unhealthy; 2 refused: wrong usage, or the machine belongs to another cluster.
@@ -38,8 +39,9 @@ SYSTEM_CONF=/etc/slurm/slurm.conf
 MARKER='# llmops-dev-cluster'
 NODES=(n1 n2 n3 n4)
 DAEMONS=(munged mariadbd slurmdbd slurmctld "${NODES[@]/#/slurmd.}")
-declare -A DEFAULTS=([LLMOPS_KILLWAIT]=30 [LLMOPS_SLURMD_TIMEOUT]=20 [LLMOPS_PROCTRACK]=linuxproc)
-PACKAGES=(slurm-wlm slurmdbd munge mariadb-server)
+declare -A DEFAULTS=([LLMOPS_KILLWAIT]=30 [LLMOPS_SLURMD_TIMEOUT]=20 [LLMOPS_PROCTRACK]=linuxproc
+  [LLMOPS_SLURM_CONF]="")
+PACKAGES=(slurm-wlm slurmdbd slurmrestd munge mariadb-server)
 export SLURM_CONF=$CONF
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -127,6 +129,7 @@ refuse_settings() {
   for name in LLMOPS_KILLWAIT LLMOPS_SLURMD_TIMEOUT; do
     [[ ${!name:-0} =~ ^[0-9]+$ ]] || refuse "$name=${!name}: must be a whole number of seconds"
   done
+  [[ ${LLMOPS_SLURM_CONF:-} != *$'\n'* ]] || refuse "LLMOPS_SLURM_CONF: lines are separated by ';'"
   [[ ${LLMOPS_PROCTRACK:-cgroup} =~ ^(cgroup|linuxproc)$ ]] ||
     refuse "LLMOPS_PROCTRACK=$LLMOPS_PROCTRACK: must be linuxproc or cgroup"
 }
@@ -144,7 +147,10 @@ refuse_foreign() {
   fi
   for name in slurmctld slurmd; do
     for pid in $(named "$name"); do
-      is_ours_or_child "$pid" || refuse "this machine belongs to a cluster: $name (pid $pid) was not started by this script"
+      # A child that ends while it is looked at is nobody's: it must still be there.
+      if ! is_ours_or_child "$pid" && named "$name" | grep -qx "$pid"; then
+        refuse "this machine belongs to a cluster: $name (pid $pid) was not started by this script"
+      fi
     done
   done
 }
@@ -153,7 +159,7 @@ refuse_foreign() {
 
 install_packages() {
   local tool missing=""
-  for tool in munged mariadbd slurmdbd slurmctld slurmd sbatch; do
+  for tool in munged mariadbd slurmdbd slurmrestd slurmctld slurmd sbatch; do
     command -v "$tool" >/dev/null || missing+=" $tool"
   done
   [[ -n $missing ]] || return 0
@@ -186,6 +192,8 @@ make_folders() {
 setting() {
   local saved=""
   if [[ -r $DIR/settings ]]; then saved=$(sed -n "s/^$1=//p" "$DIR/settings"); fi
+  # An empty LLMOPS_SLURM_CONF is a value: it takes back what was there.
+  if [[ $1 == LLMOPS_SLURM_CONF && -v $1 ]]; then saved=${!1}; fi
   printf '%s' "${!1:-${saved:-${DEFAULTS[$1]}}}"
 }
 
@@ -217,7 +225,8 @@ render_cgroup_conf() {
 write_conf() {
   local node
   save_settings
-  fill slurm.conf >"$CONF.new"
+  # Of a key that is there twice slurm.conf's last line counts.
+  { fill slurm.conf && setting LLMOPS_SLURM_CONF | tr ';' '\n' && echo; } >"$CONF.new"
   if [[ -e $CONF ]] && ! cmp -s "$CONF" "$CONF.new"; then
     say "settings changed: restarting slurmctld and slurmd (jobs run on)"
     stop slurmctld

@@ -15,6 +15,11 @@ BOOTSTRAP = (
     "os.execv(sys.executable,[sys.executable,'/proc/self/fd/%d'%f,*sys.argv[1:]])"
 )
 
+# Starts the command that follows it with stop signals ignored. A Python needs some 50 ms until it has its handlers, and
+# a signal that comes sooner, as where a preemption meets a job that has just started, would kill it: a node lost for
+# nothing. What is ignored stays so across exec, until the program installs its own handlers.
+DEAF_START = ("/bin/sh", "-c", "trap '' TERM USR1 USR2 INT HUP; exec \"$@\"", "sh")
+
 
 def embed(zipapp: bytes) -> str:
     """The zipapp as text that :data:`BOOTSTRAP` reads."""

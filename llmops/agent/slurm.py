@@ -43,7 +43,7 @@ class SlurmSupervisor(Supervisor):
         agent, source = carry.starter(self.spec["python"])
         # What srun reads, every task gets: this program itself, or nothing.
         command += ["--export=ALL", "--input=none"] if source == subprocess.DEVNULL else ["--export=ALL"]
-        command += [*self.options["srun_args"], *self.options["wrap"], *agent, "node"]
+        command += [*self.options["srun_args"], *carry.DEAF_START, *self.options["wrap"], *agent, "node"]
         return subprocess.Popen(command, env={**os.environ, **environment}, stdin=source, start_new_session=True)
 
     def on_signal(self, name: str) -> StopRequest | None:

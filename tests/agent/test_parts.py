@@ -15,10 +15,11 @@ import time
 import pytest
 
 from llmops import agent_zip
-from llmops.agent import attempts, processes, ranks
+from llmops.agent import attempts, carry, processes, ranks
 from llmops.agent.control import ControlDir
 from llmops.agent.output import RankOutput
 from llmops.agent.rundir import RunDir
+from llmops.agent.signals import STOP_SIGNALS
 from llmops.agent.wire import MAX_LINE, Connection, ProtocolError
 
 
@@ -226,6 +227,33 @@ def _alive(pid):
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# A program that has no handlers yet, until it is told to install them.
+LATE = """
+import signal, sys
+print("started", flush=True)
+sys.stdin.readline()
+from llmops.agent.signals import STOP_SIGNALS, SignalPipe
+signals = SignalPipe(STOP_SIGNALS)
+print("listening", flush=True)
+sys.stdin.readline()
+print([number.name for number in signals.read()], flush=True)
+"""
+
+
+def test_a_signal_before_there_are_handlers_is_not_the_end():
+    late = subprocess.Popen(
+        [*carry.DEAF_START, sys.executable, "-c", LATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert late.stdout.readline() == "started\n"
+    for number in STOP_SIGNALS:
+        late.send_signal(number)
+    print(file=late.stdin, flush=True)
+    assert late.stdout.readline() == "listening\n"
+    late.send_signal(signal.SIGTERM)
+    output, _ = late.communicate("\n", timeout=20)
+    assert (output, late.returncode) == ("['SIGTERM']\n", 0)
 
 
 def test_control_directory_round_trip():

@@ -128,6 +128,12 @@ def test_an_earlier_preemption_does_not_count():
     assert now.end_time is None
 
 
+def test_a_job_that_is_just_being_signalled_is_running():
+    shown = "JobState=SIGNALING Restarts=0 PreemptTime=2026-01-01T10:30:00 StartTime=2026-01-01T10:00:00"
+    told = parse_job(parse_fields(shown))
+    assert (told.state, told.preempted) == ("RUNNING", True)
+
+
 def test_array_elements_are_asked_for_by_their_own_name():
     last = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     assert job_ref(last) == "7_3"

@@ -34,17 +34,19 @@ def until(happened: Callable[[], T], what: str, seconds: float = DEADLINE_S) -> 
     return value
 
 
-def state_of(pid: int) -> str:
-    """What a process does, as the kernel abbreviates it: R, S, D, Z and so on. X when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
+def states(pid: int) -> set[str]:
+    """What the threads of a process do, as the kernel abbreviates it: R, S, D, Z and so on."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.add((thread / "stat").read_text().rsplit(")", 1)[1].split()[0])
+    return found
 
 
 def alive(pid: int) -> bool:
     """Does a process run? One that has ended and waits to be reaped does not."""
-    return state_of(pid) not in ("Z", "X")
+    return bool(states(pid) - {"Z", "X"})
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:

@@ -51,9 +51,62 @@ def run(
     return result
 
 
-def dev_cluster(command: str, timeout: float = 600) -> str:
-    """Run slurm/dev-cluster.sh up|down|status|reset and return what it printed."""
-    return run([str(SCRIPT), command], timeout).stdout
+# The tracker that all tests see; those about signals see the other one too, where the machine allows it.
+PROCTRACK = os.environ.get("LLMOPS_PROCTRACK", "linuxproc")
+STOCK = {
+    "LLMOPS_KILLWAIT": os.environ.get("LLMOPS_KILLWAIT", "30"),
+    "LLMOPS_SLURMD_TIMEOUT": os.environ.get("LLMOPS_SLURMD_TIMEOUT", "20"),
+    "LLMOPS_PROCTRACK": PROCTRACK,
+    "LLMOPS_SLURM_CONF": "",
+}
+
+
+def dev_cluster(command: str, timeout: float = 600, **settings: str) -> str:
+    """Run slurm/dev-cluster.sh up|down|status|reset and return what it printed; `settings` are LLMOPS_ variables."""
+    return run([str(SCRIPT), command], timeout, env={**os.environ, **settings}).stdout
+
+
+@contextlib.contextmanager
+def settings(**changes: str) -> Iterator[None]:
+    """The cluster with other settings of dev-cluster.sh while the block runs; the nodes are idle before and after.
+
+    Daemons are restarted: what slurmd counts down for a job, such as KillWait, is lost.
+    """
+    try:
+        dev_cluster("up", **changes)
+        dev_cluster("reset")
+        yield
+    finally:
+        dev_cluster("up", **{name: STOCK[name] for name in changes})
+        dev_cluster("reset")
+
+
+def show_config(name: str) -> str:
+    """A value of `scontrol show config`."""
+    for line in run(["scontrol", "show", "config"]).stdout.splitlines():
+        if line.split("=")[0].strip() == name:
+            return line.split("=", 1)[1].strip()
+    raise AssertionError(f"scontrol show config does not name {name}")
+
+
+def proctrack() -> str:
+    """Who tracks the processes of jobs now: linuxproc or cgroup."""
+    return show_config("ProctrackType").removeprefix("proctrack/")
+
+
+def cgroup_problem() -> str | None:
+    """Why this machine has no cgroups that SLURM could make; None when it has."""
+    root = Path("/sys/fs/cgroup")
+    hierarchy = root / "freezer" if (root / "freezer").is_dir() else root
+    if not (hierarchy / "cgroup.procs").exists():
+        return f"{hierarchy} is no cgroup hierarchy"
+    probe = hierarchy / f"llmops-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return f"{hierarchy}: {error.strerror}"
+    return None
 
 
 def wait_for(predicate: Callable[[], T], timeout: float, what: str) -> T:
@@ -166,6 +219,19 @@ def frozen(name: str) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+def resume(node: str, timeout: float = 60) -> None:
+    """Wait until a node is idle, which it may have to be told when it is down or drained."""
+
+    def idle() -> bool:
+        state = run(["sinfo", "-h", "-N", "-p", "low", "-n", node, "-o", "%T"]).stdout.strip()
+        if state.startswith(("down", "drain")):
+            # Refused when the node came back by itself in between (ReturnToService=2).
+            run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
+        return state == "idle"
+
+    wait_for(idle, timeout, f"{node} to be idle again")
+
+
 @contextlib.contextmanager
 def node_down(node: str) -> Iterator[None]:
     """A node that the administrator has set down; it is back and idle after the block."""
@@ -173,15 +239,7 @@ def node_down(node: str) -> Iterator[None]:
     try:
         yield
     finally:
-
-        def idle() -> bool:
-            state = run(["sinfo", "-h", "-N", "-p", "low", "-n", node, "-o", "%T"]).stdout.strip()
-            if state.startswith(("down", "drain")):
-                # Refused when the node came back by itself in between (ReturnToService=2).
-                run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
-            return state == "idle"
-
-        wait_for(idle, 60, f"{node} to be idle again")
+        resume(node)
 
 
 def accounting(jobid: str, *fields: str, timeout: float = 15, until: str = r"(?!PENDING|RUNNING)\w+.*") -> list[str]:

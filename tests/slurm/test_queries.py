@@ -186,37 +186,55 @@ class Unprivileged(Launcher):
     """Everything as the cluster's ordinary user."""
 
     USER = "llmops"
+    python, tree = sys.executable, TREE
 
     def call(self, *arguments, timeout=120):
         return cluster.run(
-            [self.python, "-m", "llmops", *arguments], timeout, user=self.USER, env=self.env, cwd=TREE, check=False
+            [self.python, "-m", "llmops", *arguments], timeout, user=self.USER, env=self.env, cwd=self.tree, check=False
         )
 
-
-def usable_python(launcher):
-    """An interpreter like this one that the user may run; this one's may lie in somebody's home."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for python in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
-        check = [python, "-c", "import llmops.api, torch"]
+    def use(self, python, tree, packages):
+        """Run this interpreter on this copy of the project; whether the user can."""
+        self.python, self.tree = str(python), tree
+        self.env["PYTHONPATH"] = f"{tree}:{packages}"
+        check = [self.python, "-c", "import llmops.api, torch"]
         with contextlib.suppress(OSError):
-            if cluster.run(check, 60, user=launcher.USER, env=launcher.env, cwd=TREE, check=False).returncode == 0:
-                return python
-    return None
+            return cluster.run(check, 60, user=self.USER, env=self.env, cwd=tree, check=False).returncode == 0
+        return False
+
+
+def copy(source, target, *left_out):
+    """Copy a folder so that everybody may read it."""
+    shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", *left_out))
+    cluster.run(["chmod", "-R", "a+rX", str(target)], timeout=120)
+    return target
+
+
+def make_usable(launcher, folder):
+    """Give the user an interpreter like this one, the project and its packages; copies, where somebody's home or a
+    strict umask keeps the originals from him."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = Path(sysconfig.get_path("purelib"))
+    system = [f"/usr/bin/{version}", f"/usr/local/bin/{version}"]
+    if any(launcher.use(python, TREE, packages) for python in (sys.executable, *system)):
+        return
+    tree = copy(TREE, folder / "tree", ".git", ".venv", ".*_cache")
+    packages = copy(packages, folder / "packages")
+    if any(launcher.use(python, tree, packages) for python in system):
+        return
+    python = copy(sys.base_prefix, folder / "python", "site-packages", "test") / "bin" / version
+    launcher.env["LD_LIBRARY_PATH"] = str(folder / "python" / "lib")
+    assert launcher.use(python, tree, packages), f"{python} of {sys.base_prefix} does not run where it was copied to"
 
 
 @pytest.fixture
 def unprivileged(slurm, scratch):
-    if os.geteuid() != 0:
-        pytest.skip("every run here is an ordinary user's already")
     who = pwd.getpwnam(Unprivileged.USER)
     (scratch / "runs").mkdir()
     os.chown(scratch / "runs", who.pw_uid, who.pw_gid)
     launcher = Unprivileged(scratch / "runs", "slurm", HOME=who.pw_dir, USER=who.pw_name, LOGNAME=who.pw_name)
-    launcher.env["PYTHONPATH"] = f"{TREE}:{sysconfig.get_path('purelib')}"
     launcher.env.pop("XDG_CACHE_HOME", None)
-    launcher.python = usable_python(launcher)
-    if launcher.python is None:
-        pytest.skip(f"{Unprivileged.USER} may not read what these tests are made of: put the clone elsewhere")
+    make_usable(launcher, scratch)
     yield launcher
     cluster.cancel_all()
 

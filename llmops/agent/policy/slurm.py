@@ -89,8 +89,10 @@ def stop_deadline(job: JobFacts, kill_wait_s: float, grace_s: float, asked: bool
 def parse_job(fields: dict[str, str]) -> JobFacts:
     """Facts from the fields of ``scontrol -o show job``. A job that is not there has no fields."""
     preempted, started = _epoch(fields.get("PreemptTime", "None")), _epoch(fields.get("StartTime", "None"))
+    state = fields.get("JobState", "UNKNOWN")
     return JobFacts(
-        state=fields.get("JobState", "UNKNOWN"),
+        # What the state is called while a signal is on its way to a running job, which is when we are asked to stop.
+        state="RUNNING" if state == "SIGNALING" else state,
         restarts=int(fields.get("Restarts", "0")),
         reason=fields.get("Reason", "None"),
         # The time of an earlier preemption stays in the record after the job was requeued.
