@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/checkpoint.py [--rounds 7] [--quick] [--only ROW ...] [--json FILE]
 
-Needs `pip install -e .[train,s3,bench,dev]`; the S3 server is SeaweedFS on this machine. Two ranks (gloo, a thread each)
+Needs `pip install -e .[train,s3,bench,dev]`; the S3 server is SeaweedFS on this machine. Two ranks (gloo, one thread)
 hold a model sharded by FSDP and its AdamW state, 353 MB in 252 tensors. The contestants take turns; a ratio is the
 median of those of each round, and after it come the least and the greatest. Run it on a quiet machine.
 """
@@ -187,7 +187,7 @@ def _load_s3(bench: Bench, row: str, layers: int, direct: dict, wire: object, co
                 OURS: lambda _, team=team: team.slowest(ours.load, commit),
                 DCP: lambda _, team=team: team.slowest(peers.dcp_load, f"{root}/dcp"),
             }
-            bench.compare(f"{row}, {ranks} ranks", contestants, 1.3, team.bytes, rounds)
+            bench.compare(f"{row}, {ranks} ranks", contestants, 1.3, team.bytes, rounds, DCP if "thr" in row else None)
             team.call(ours.reach, counted)
             team.call(ours.open_run, f"{root}/ours")
             for name, work in contestants.items():  # once more, to count
