@@ -29,6 +29,7 @@ class Saver:
         self._save: Save | None = None
         self._sent = False
         self._until = 0.0
+        self._backlog: list[Reply] = []  # what the writer has said while nobody asked
         self._kept: int | None = None  # the slot of the newest snapshot
         self._unsent: Keep | None = None  # a snapshot that the writer does not know of yet
         self._start()
@@ -52,7 +53,8 @@ class Saver:
     def begin(self, save: Save, data: Sequence[Tensor]) -> None:
         """Copy ``data``, one tensor per box of the layout, and have it written. The last save must have ended."""
         assert self._save is None, "two saves at once"
-        self._send_kept()
+        self.staging.wait()
+        self._backlog += self._poll()  # a snapshot whose copy has ended by now is told of
         slot = self._free_slot()
         if not self._forget(slot):
             self._discard()
@@ -65,16 +67,15 @@ class Saver:
 
         A save that is in flight goes on. Nothing is kept while the copy for it has not ended, or the writer is stuck.
         """
-        self.poll()
-        if self.busy and not self._sent:
+        self._backlog += self._poll()
+        if (self.busy and not self._sent) or self._unsent is not None:
             return
-        self._send_kept()
         slot = self._free_slot()
         if not self._forget(slot):
             return
         self.staging.copy(data, slot)
         self._unsent = Keep(save=msgspec.structs.replace(save, slot=slot), world_size=world_size)
-        self.poll()
+        self._backlog += self._poll()
 
     def _free_slot(self) -> int:
         """A slot that is not being written: if there is a choice, not that of the newest snapshot."""
@@ -94,6 +95,11 @@ class Saver:
 
     def poll(self, wait_s: float = 0.0) -> list[Reply]:
         """What the writer says, or what has to be said for it. A failure ends the save, and nothing is raised."""
+        replies = self._backlog + self._poll(wait_s)
+        self._backlog = []
+        return replies
+
+    def _poll(self, wait_s: float = 0.0) -> list[Reply]:
         save = self._save
         try:
             if self._unsent is not None and self.staging.done():

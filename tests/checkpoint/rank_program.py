@@ -66,6 +66,7 @@ class Rank:
 
     def __init__(self, order: dict[str, Any], rank: int) -> None:
         self.order, self.rank, self.folder = order, rank, Path(order["folder"])
+        self.nursery = os.getppid()
         self.log = os.open(self.folder / f"rank{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.counter = os.open(self.folder / f"step{rank}", os.O_WRONLY | os.O_CREAT, 0o644)
         saver_module.GRACE_S = order["grace_s"]
@@ -162,6 +163,8 @@ class Rank:
     def run(self) -> None:
         """Steps, until the test says stop."""
         while True:
+            if os.getppid() != self.nursery:
+                raise SystemExit("whoever started this has gone")
             self.checkpointer.fence()
             self.step += 1
             for name in self.shapes:

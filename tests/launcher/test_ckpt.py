@@ -726,4 +726,4 @@ def test_torch_is_never_imported(run, arguments):
 def test_help_starts_at_once(run, arguments):
     code, found = imported(run, *arguments)
     assert code == 0
-    assert not found & {*HEAVY, "msgspec", "rich", "fsspec", "yaml", "crc32c", "llm"}
+    assert not found & {*HEAVY, "msgspec", "rich", "fsspec", "yaml", "crc32c"}

@@ -41,9 +41,11 @@ def state(seed: int) -> dict[str, Tensor]:
 class Single(Checkpointer):
     """A run of one rank."""
 
-    def __init__(self, url: str, attempt: int = 0, keep: int | None = None, limit_s: float = 60) -> None:
+    def __init__(
+        self, url: str, attempt: int = 0, keep: int | None = None, limit_s: float = 60, snapshots: bool = False
+    ) -> None:
         world = World(0, 1, 0, torch.device("cpu"), grouped=False)
-        super().__init__(open_storage(url), world, attempt, 0, Retention(keep_last=keep), limit_s)
+        super().__init__(open_storage(url), world, attempt, 0, Retention(keep_last=keep), limit_s, snapshots=snapshots)
 
     def commit(self, step: int) -> Commit:
         commit = self.save(step, {"step": step})
@@ -316,3 +318,21 @@ def test_names_are_canonical_and_subclasses_fall_into_their_parts() -> None:
         local_pieces({"w": torch.zeros(1), "_orig_mod.w": torch.zeros(1)})
     with pytest.raises(TypeError, match="complex128"):
         local_pieces({"w": torch.zeros(1, dtype=torch.complex128)})
+
+
+def test_snapshots_hide_no_commit(tmp_path: Path) -> None:
+    """A snapshot that is staged while a save ends does not swallow the news: the next commit descends from it."""
+    writer = Single(str(tmp_path), snapshots=True)
+    writer.attach(state(0))
+    seen = []
+    for step in range(1, 40, 3):
+        first = writer.save(step, {})
+        until = time.monotonic() + 30
+        while writer.saver.busy:
+            writer.snapshot(step + 1, {})
+            assert time.monotonic() < until, "the save did not end"
+        seen += [event.commit for event in writer.poll() if event.committed]
+        assert seen[-1] == first
+    writer.close()
+    assert writer.chain == seen
+    assert commits(writer.storage) == seen
