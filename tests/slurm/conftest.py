@@ -14,10 +14,13 @@ HERE = Path(__file__).parent
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.get_closest_marker("signals"):
-        if "proctrack" not in metafunc.fixturenames:
-            metafunc.fixturenames.insert(0, "proctrack")
-        metafunc.parametrize("proctrack", trackers(), indirect=True, scope="module")
+    if (marker := metafunc.definition.get_closest_marker("signals")) is None:
+        return
+    if "proctrack" not in metafunc.fixturenames:
+        metafunc.fixturenames.insert(0, "proctrack")
+    # Whole runs take long: the second tracker is asked about signals themselves, and about runs only on request.
+    once = marker.kwargs.get("thorough") and os.environ.get("LLMOPS_THOROUGH") != "1"
+    metafunc.parametrize("proctrack", trackers()[:1] if once else trackers(), indirect=True, scope="module")
 
 
 def _tracker(item: pytest.Item) -> str:
