@@ -386,6 +386,6 @@ def test_the_trainer_alone_under_plain_srun(slurm, tmp_path):
     lines = (tmp_path / "run" / "metrics" / "0000" / "000000.jsonl").read_text().splitlines()
     assert [value["step"] for value in map(json.loads, lines) if value["kind"] == "step"] == [1, 2, 3, 4], done.stdout
     assert sorted(path.name for path in tmp_path.glob("run/checkpoints/*/*/*.safetensors")) == [
-        "rank00000.safetensors",
-        "rank00001.safetensors",
+        "rank00000-000.safetensors",
+        "rank00001-000.safetensors",
     ]
