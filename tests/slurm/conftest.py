@@ -14,12 +14,12 @@ HERE = Path(__file__).parent
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if (marker := metafunc.definition.get_closest_marker("signals")) is None:
+    if metafunc.definition.get_closest_marker("signals") is None:
         return
     if "proctrack" not in metafunc.fixturenames:
         metafunc.fixturenames.insert(0, "proctrack")
-    # Whole runs take long: the second tracker is asked about signals themselves, and about runs only on request.
-    once = marker.kwargs.get("thorough") and os.environ.get("LLMOPS_THOROUGH") != "1"
+    # A second cluster takes long: it is asked on request.
+    once = os.environ.get("LLMOPS_THOROUGH") != "1"
     metafunc.parametrize("proctrack", trackers()[:1] if once else trackers(), indirect=True, scope="module")
 
 

@@ -63,7 +63,11 @@ def proctrack(slurm: Slurm, request: pytest.FixtureRequest) -> str:
 
 def trackers() -> list[str]:
     """The process trackers that tests marked `signals` run under."""
-    if os.environ.get("LLMOPS_SKIP_SLURM") == "1" or cluster.cgroup_problem():
+    if (
+        os.environ.get("LLMOPS_SKIP_SLURM") == "1"
+        or os.environ.get("LLMOPS_THOROUGH") != "1"
+        or cluster.cgroup_problem()
+    ):
         return [cluster.PROCTRACK]
     return sorted(["cgroup", "linuxproc"], key=lambda tracker: tracker != cluster.PROCTRACK)
 

@@ -50,7 +50,7 @@ def test_two_nodes_one_rank_each(launcher, undisturbed):
     assert logs == ["logs/0000/n1/rank0.000000.log", "logs/0000/n2/rank1.000000.log"]
 
 
-@pytest.mark.signals(thorough=True)
+@pytest.mark.signals
 @pytest.mark.parametrize(("partition", "workers"), [("low", 0), ("low", 2), ("lowgrace", 0)])
 def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, workers):
     run_id = launcher.submit(*TINY, f"cluster.partition={partition}", f"data.num_workers={workers}")
@@ -79,7 +79,7 @@ def test_the_time_limit_is_survived(launcher, undisturbed):
     assert launcher.losses(run_id) == undisturbed
 
 
-@pytest.mark.signals(thorough=True)
+@pytest.mark.signals
 @pytest.mark.parametrize("victim", ["rank", "agent"])
 def test_kill_9(launcher, undisturbed, victim):
     run_id = launcher.submit(*TINY)
@@ -258,7 +258,7 @@ def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):
     assert launcher.losses(run_id) == undisturbed
 
 
-@pytest.mark.signals(thorough=True)
+@pytest.mark.signals
 def test_a_killed_batch_supervisor_leaves_nothing_and_can_be_resumed(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
