@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -150,11 +150,11 @@ def _image(boxes: Sequence[Box], slots: Sequence[Slot], name: str, position: int
     return FileImage(name=name, position=position, size=len(header) + data, header=header, slots=moved)
 
 
-def owners(holders: Iterable[tuple[int, Iterable[Box]]]) -> dict[int, set[int]]:
+def owners(holders: Iterable[tuple[int, Iterable[Box]]], load: Mapping[int, int]) -> dict[int, set[int]]:
     """Who saves what, when several ranks hold the same box: rank -> indices of the boxes that it saves.
 
-    ``holders`` are (rank, its boxes) of every rank. A box goes to the least loaded of those that hold it, the biggest
-    first: the same on whichever rank this is worked out.
+    ``holders`` are (rank, its boxes that others may hold too), ``load`` the bytes that a rank saves besides. A box goes
+    to the least loaded of those that hold it, the biggest first: the same on whichever rank this is worked out.
     """
     where: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
     sizes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
@@ -163,7 +163,7 @@ def owners(holders: Iterable[tuple[int, Iterable[Box]]]) -> dict[int, set[int]]:
             key = (box.name, tuple(box.offset), tuple(box.local_shape))
             where.setdefault(key, []).append((rank, index))
             sizes[key] = box.bytes
-    load: dict[int, int] = {}
+    load = dict(load)
     mine: dict[int, set[int]] = {}
     # What only one rank holds is settled first: it is the load that the rest is spread over.
     for key in sorted(where, key=lambda each: (len(where[each]) > 1, -sizes[each], each)):

@@ -155,9 +155,11 @@ def apply(storage: Storage, chain: Sequence[Commit], keep: Retention) -> list[Co
     Returns what is left. Nothing goes once a newer attempt has started, since that one may build on any of it. Raises
     OSError or CheckpointError when something could not be removed; to try again later is safe.
     """
-    spared = held(storage)
+    infos = [_info(storage, each, keep) for each in chain]
+    if not plan(infos, keep, ()):  # nothing to ask the store about
+        return list(chain)
     removed: set[Commit] = set()
-    for commit in plan([_info(storage, each, keep) for each in chain], keep, spared):
+    for commit in plan(infos, keep, held(storage)):
         if _superseded(storage, chain[-1].attempt):
             break
         if remove(storage, commit):

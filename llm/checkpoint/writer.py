@@ -14,7 +14,6 @@ for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(_number, signal.SIG_IGN)  # the end of standard input is what ends this process
 
 import contextlib  # noqa: E402
-import hashlib  # noqa: E402
 import mmap  # noqa: E402
 import os  # noqa: E402
 import queue  # noqa: E402
@@ -26,23 +25,17 @@ from collections.abc import Iterator  # noqa: E402
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait  # noqa: E402
 
 import msgspec  # noqa: E402
-from crc32c import crc32c  # noqa: E402
 
 from llm.checkpoint import retention  # noqa: E402
-from llm.checkpoint.describe import describe  # noqa: E402
 from llm.checkpoint.format import (  # noqa: E402
     FORMAT,
     MANIFEST,
     PARTS,
     CheckpointError,
     Commit,
-    DataFile,
     Manifest,
     PartEntry,
-    PartManifest,
-    Tensor,
     parse_part_name,
-    part_name,
     seal,
 )
 from llm.checkpoint.image import FileImage  # noqa: E402
@@ -62,6 +55,7 @@ from llm.checkpoint.messages import (  # noqa: E402
     Wanted,
     Written,
 )
+from llm.checkpoint.part import Described, describe, write_manifest  # noqa: E402
 from llm.checkpoint.requests import take  # noqa: E402
 from llm.checkpoint.rescue import agree  # noqa: E402
 from llm.utils.local_storage import LocalStorage  # noqa: E402
@@ -85,7 +79,7 @@ class Writer:
         self.remote = not isinstance(storage, LocalStorage)
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.layout = Layout(size=0, boxes=[], files=[])
-        self.memory = self.buffer = memoryview(b"")  # all slots, and the one that is being written
+        self.memory = memoryview(b"")  # all slots
         self.kept: dict[int, Keep] = {}  # snapshots, by slot
         self.left = False  # the rank has said that it leaves
         self.chain: list[Commit] = []  # rank 0: after the last commit
@@ -132,8 +126,11 @@ class Writer:
         order = save.order
         if order is not None and self.chain:  # something was committed since
             order = msgspec.structs.replace(order, chain=self.chain)
-        self._save(msgspec.structs.replace(save, began=time.time(), order=order))
-        print(f"rank {self.rank} wrote the snapshot of step {commit.step}", file=sys.stderr, flush=True)
+        failed = self._save(msgspec.structs.replace(save, began=time.time(), order=order))
+        if failed is None:
+            print(f"rank {self.rank} wrote the snapshot of step {commit.step}", file=sys.stderr, flush=True)
+        else:
+            print(f"the snapshot of rank {self.rank} is lost: {failed.reason}", file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
         try:
@@ -155,47 +152,45 @@ class Writer:
                 if take(storage):
                     self._reply(Wanted())
 
-    def _save(self, save: Save) -> None:
+    def _save(self, save: Save) -> Failed | None:
+        """Write this rank's part and, on rank 0, commit them all. Tells the rank how it went; returns what failed."""
         until = time.monotonic() + save.limit_s
-        self.buffer = self.memory[save.slot * self.layout.size : (save.slot + 1) * self.layout.size]
         storage = self.storage.within(save.limit_s)
         try:
             self._reply(self._write_part(storage, save))
-            if save.order is not None:
-                manifest = self._manifest(storage, save, save.order, until)
+            if save.order is None:
+                return None
+            manifest = self._manifest(storage, save, save.order, until)
         except (OSError, CheckpointError) as error:
             if save.order is not None:  # what rank 0 does not commit, nobody does: the space can be used again
                 with contextlib.suppress(OSError):
                     delete(storage, save.commit)
-            self._reply(Failed(commit=save.commit, reason=_line(error)))
-            return
-        if save.order is not None:
-            try:
-                self._reply(self._commit(storage, save.order, manifest))
-            except OSError as error:  # whether it counts is not known, if the answer was lost: nothing is removed
-                self._reply(Failed(commit=save.commit, reason=_line(error)))
+            return self._fail(save.commit, error)
+        try:
+            self._reply(self._commit(storage, save.order, manifest))
+        except OSError as error:  # whether it counts is not known, if the answer was lost: nothing is removed
+            return self._fail(save.commit, error)
+        return None
+
+    def _fail(self, commit: Commit, error: Exception) -> Failed:
+        failed = Failed(commit=commit, reason=_line(error))
+        self._reply(failed)
+        return failed
 
     def _write_part(self, storage: Storage, save: Save) -> Written:
-        tensors: dict[str, Tensor] = {}
-        done = self._write_files(storage, save.commit)
-        for _, pieces in done:
-            for name, tensor in pieces:
-                if name in tensors:
-                    tensors[name].pieces.extend(tensor.pieces)
-                else:
-                    tensors[name] = tensor
-        part = PartManifest(
-            format=FORMAT, rank=self.rank, files=[file for file, _ in done], tensors=tensors, rng=save.rng
-        )
-        data = msgspec.json.encode(part)
-        size = sum(file.bytes for file in part.files)
-        name = part_name(self.rank, size, hashlib.sha256(data).hexdigest())
-        storage.create(f"{save.commit.path}/{name}", data)
-        return Written(commit=save.commit, seconds=time.time() - save.began, bytes=size)
+        files = self._write_files(storage, save.commit, self._slot(save.slot))
+        entry = write_manifest(storage, save.commit, self.rank, files, save.rng)
+        return Written(commit=save.commit, seconds=time.time() - save.began, bytes=entry.bytes)
 
-    def _write_files(self, storage: Storage, commit: Commit) -> list[tuple[DataFile, list[tuple[str, Tensor]]]]:
+    def _slot(self, number: int) -> memoryview:
+        """The staged state in one of the slots of the shared memory."""
+        size = self.layout.size
+        return self.memory[number * size : (number + 1) * size]
+
+    def _write_files(self, storage: Storage, commit: Commit, staged: memoryview) -> list[Described]:
         """Write all files. When one fails the others have ended too before it is raised: the buffer is free again."""
-        files = [self.pool.submit(self._write_file, storage, commit, file) for file in self.layout.files]
+        images = enumerate(self.layout.files)
+        files = [self.pool.submit(self._write_file, storage, commit, staged, *each) for each in images]
         try:
             wait(files, return_when=FIRST_EXCEPTION)  # the rank bounds this: it kills a writer that takes too long
             return [file.result() for file in files if file.done()]
@@ -210,19 +205,14 @@ class Writer:
             raise
 
     def _write_file(
-        self, storage: Storage, commit: Commit, image: FileImage
-    ) -> tuple[DataFile, list[tuple[str, Tensor]]]:
+        self, storage: Storage, commit: Commit, staged: memoryview, index: int, image: FileImage
+    ) -> Described:
         """Write one file, and describe it. The checksums are taken from the very memory that is written."""
-        self.buffer[image.position : image.position + len(image.header)] = image.header
-        data = self.buffer[image.position : image.position + image.size]
-        index = self.layout.files.index(image)
-        sums = self.sums.submit(lambda: list(describe(self.layout.boxes, image, index, data)))
+        staged[image.position : image.position + len(image.header)] = image.header
+        data = staged[image.position : image.position + image.size]
+        described = self.sums.submit(describe, self.layout.boxes, image, index, data)
         storage.write(f"{commit.path}/{image.name}", data)
-        described, size = sums.result(), len(image.header)
-        return (
-            DataFile(name=image.name, bytes=image.size, header=size, header_crc32c=crc32c(image.header)),
-            described,
-        )
+        return described.result()
 
     def _manifest(self, storage: Storage, save: Save, order: CommitOrder, until: float) -> Manifest:
         """Rank 0: what to commit, once every part is durable. Raises CheckpointError when that takes too long."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import mmap
 import queue
@@ -13,28 +12,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import msgspec
 import torch
-from crc32c import crc32c
 from torch import Tensor
 
-from llm.checkpoint.describe import describe
 from llm.checkpoint.format import (
     FORMAT,
     ITEMSIZE,
     MANIFEST,
     CheckpointError,
     Commit,
-    DataFile,
     Manifest,
     PartEntry,
-    PartManifest,
-    part_name,
     seal,
 )
-from llm.checkpoint.format import Tensor as Saved
 from llm.checkpoint.image import Box, FileImage, lay_out
 from llm.checkpoint.lineage import delete, folders, is_committed
+from llm.checkpoint.part import Described, describe, write_manifest
 from llm.tools.source import Item
 from llm.train.pieces import DTYPES
 from llm.utils.local_storage import LocalStorage
@@ -124,7 +117,7 @@ def _write_part(storage: Storage, commit: Commit, items: Sequence[Item], advance
         free.put(mmap.mmap(-1, size))
     values = _Values(items)
     with ThreadPoolExecutor(max(count, 1)) as pool:
-        written: list[Future[tuple[DataFile, list[tuple[str, Saved]]]]] = []
+        written: list[Future[Described]] = []
         for index, image in enumerate(images):
             buffer = free.get()  # every write gives its buffer back, and the store bounds every write
             _check(written)
@@ -133,16 +126,7 @@ def _write_part(storage: Storage, commit: Commit, items: Sequence[Item], advance
             future = pool.submit(_write_file, storage, commit, boxes, image, index, data)
             future.add_done_callback(lambda _, buffer=buffer: free.put(buffer))  # type: ignore[misc]
             written.append(future)
-        done = [future.result() for future in written]
-    tensors: dict[str, Saved] = {}
-    for _, pieces in done:
-        for name, tensor in pieces:
-            tensors.setdefault(name, msgspec.structs.replace(tensor, pieces=[])).pieces.extend(tensor.pieces)
-    part = PartManifest(format=FORMAT, rank=0, files=[file for file, _ in done], tensors=tensors, rng={})
-    sealed = msgspec.json.encode(part)
-    entry = PartEntry(sha256=hashlib.sha256(sealed).hexdigest(), bytes=sum(file.bytes for file in part.files))
-    storage.create(f"{commit.path}/{part_name(0, entry.bytes, entry.sha256)}", sealed)
-    return entry
+        return write_manifest(storage, commit, 0, [future.result() for future in written], rng={})
 
 
 def _check(written: Sequence[Future[Any]]) -> None:
@@ -182,8 +166,7 @@ def _fill(buffer: mmap.mmap, boxes: Sequence[Box], image: FileImage, values: _Va
 
 def _write_file(
     storage: Storage, commit: Commit, boxes: Sequence[Box], image: FileImage, index: int, data: memoryview
-) -> tuple[DataFile, list[tuple[str, Saved]]]:
-    described = list(describe(boxes, image, index, data))
+) -> Described:
+    described = describe(boxes, image, index, data)
     storage.write(f"{commit.path}/{image.name}", data)
-    header = len(image.header)
-    return DataFile(name=image.name, bytes=image.size, header=header, header_crc32c=crc32c(image.header)), described
+    return described

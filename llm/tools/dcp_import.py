@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import io
 import json
 import math
@@ -115,16 +116,16 @@ def _load(storage: Storage, name: str, place: Place) -> Any:
         raise CheckpointError(f"{where} cannot be read: {lines[0][:300]}") from error
 
 
-class _Stream(io.RawIOBase):
+class _Stream(io.RawIOBase, abc.ABC):
     """``length`` bytes as a file that torch.load reads and rewinds."""
 
     def __init__(self, length: int) -> None:
         self.length, self.position = length, 0
         self.failure: OSError | None = None
 
+    @abc.abstractmethod
     def fetch(self, begin: int, view: memoryview) -> int:
         """Fill ``view`` with the bytes from ``begin`` on."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         return True

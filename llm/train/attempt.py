@@ -35,13 +35,15 @@ def run_attempt(
     storage = open_storage(run_url)
     try:
         attempt, generation, resume = agree(storage, world)
-        together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
         saving = config.checkpoint
         keep, code = retention(saving), os.environ.get("LLMOPS_CODE", "")
         checkpointer = Checkpointer(
             storage, world, attempt, generation, keep, saving.save_seconds, code, snapshots=saving.snapshot_steps > 0
         )
-        trainer = Trainer(config, world, storage, control, metrics, checkpointer, resume)
+        trainer = Trainer(config, world, storage, control, metrics, checkpointer)
+        checkpointer.check_store()  # before the first line of metrics: it says best what is wrong
+        together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
+        trainer.start(resume)
         metrics.write("phase", phase="loaded", step=trainer.step)
         return trainer.run()
     except (CheckpointError, FloatingPointError, OSError) as error:

@@ -52,6 +52,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0  # of all ranks
 
 
+class _Holding(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank tells the others of what it holds."""
+
+    alone: int  # bytes that nobody else holds
+    shared: list[Box]
+
+
 class Checkpointer:
     """Saves and loads. All ranks call ``attach``, ``save``, ``load`` and ``wait`` together."""
 
@@ -94,11 +101,20 @@ class Checkpointer:
             )
             for piece in self.pieces
         ]
-        everyone = self.world.all_gather_bytes(msgspec.json.encode(boxes))
-        holders = [msgspec.json.decode(each, type=list[Box]) for each in everyone]
-        saves = owners(enumerate(holders))
-        self.bytes = sum(holders[rank][index].bytes for rank, indices in saves.items() for index in indices)
-        mine = sorted(saves.get(self.world.rank, ()))
+        # What is sharded over all ranks nobody else holds: only the rest is told to everyone.
+        shared = [index for index, piece in enumerate(self.pieces) if piece.spread < self.world.size]
+        alone = sorted(set(range(len(boxes))).difference(shared))
+        holding = _Holding(sum(boxes[index].bytes for index in alone), [boxes[index] for index in shared])
+        everyone = [
+            msgspec.json.decode(each, type=_Holding)
+            for each in self.world.all_gather_bytes(msgspec.json.encode(holding))
+        ]
+        load = {rank: each.alone for rank, each in enumerate(everyone)}
+        saves = owners(((rank, each.shared) for rank, each in enumerate(everyone)), load)
+        self.bytes = sum(load.values()) + sum(
+            everyone[rank].shared[index].bytes for rank, indices in saves.items() for index in indices
+        )
+        mine = sorted([*alone, *(shared[index] for index in saves.get(self.world.rank, ()))])
         self._saved = [self.pieces[index].data for index in mine]
         boxes = [boxes[index] for index in mine]
         limit, count = LOCAL_FILE, 1

@@ -43,7 +43,6 @@ class Trainer:
         control: Control,
         metrics: Metrics,
         checkpointer: Checkpointer,
-        resume: Commit | None,
     ) -> None:
         self.config, self.world, self.storage = config, world, storage
         self.control, self.metrics, self.checkpointer = control, metrics, checkpointer
@@ -67,14 +66,16 @@ class Trainer:
         self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
         self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
+        self.saved: Commit | None = None  # what holds the state after ``step``, or before it
         checkpointer.attach(self.optimizer.state())
-        checkpointer.check_store()
+
+    def start(self, resume: Commit | None) -> None:
+        """Take the state of ``resume``, or the very first one."""
         if resume is None:
-            init_weights(self.model, train.seed, config.model.n_layers)
+            init_weights(self.model, self.config.train.seed, self.config.model.n_layers)
         else:
-            resume, state = checkpointer.load_newest(resume)
+            self.saved, state = self.checkpointer.load_newest(resume)
             self.restore(state)
-        self.saved = resume
 
     # --- the run ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class LocalPiece:
     """What this rank holds of one tensor: ``data`` is the box at ``offset`` of the global ``shape``.
 
     ``data`` shares memory with the state dict. ``placement`` has one mark per dimension of the device mesh: S0, R.
+    ``spread`` is the number of ranks over which the tensor is sharded, each with rows or columns of its own.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LocalPiece:
     shape: list[int]
     offset: list[int]
     placement: str = ""
+    spread: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -75,13 +78,16 @@ def _planned(name: str, tensor: Tensor) -> list[LocalPiece]:
     planner.set_up_planner({name: tensor}, is_coordinator=False)
     whole: Any = tensor
     placement = ",".join(_mark(each) for each in whole.placements)
+    spread = math.prod(
+        size for size, each in zip(whole.device_mesh.shape, whole.placements, strict=True) if each.is_shard()
+    )
     boxes = []
     for item in planner.create_local_plan().items:
         assert item.tensor_data is not None
         data = planner.resolve_data(item)
         assert isinstance(data, Tensor)
         offset = list(item.tensor_data.chunk.offsets)
-        boxes.append(LocalPiece(name, data.detach(), list(item.tensor_data.size), offset, placement))
+        boxes.append(LocalPiece(name, data.detach(), list(item.tensor_data.size), offset, placement, spread))
     return boxes
 
 

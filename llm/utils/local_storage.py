@@ -167,11 +167,10 @@ def _write(descriptor: int, data: memoryview, at: int) -> None:
         data, at = data[done:], at + done
 
 
-def _use_page_cache(descriptor: int) -> bool:
-    """Switch direct I/O off; returns whether it was on."""
+def _use_page_cache(descriptor: int) -> None:
+    """Switch direct I/O off."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return bool(flags & os.O_DIRECT)
 
 
 def _write_aside(target: Path, data: bytes) -> Path:

@@ -61,6 +61,17 @@ def test_files_hold_every_value_once(made: list[Box], limit: int) -> None:
     assert staging_bytes(files) >= end_of_last
 
 
+@given(boxes(), st.integers(1, 200), st.integers(1, 8))
+def test_files_are_as_few_and_as_even_as_whole_tensors_allow(made: list[Box], limit: int, count: int) -> None:
+    sizes = [image.size - len(image.header) for image in lay_out(made, 0, limit, count)]
+    total = sum(box.bytes for box in made)
+    assert sum(sizes) == total
+    if limit >= total:
+        assert len(sizes) <= count
+    largest = max((box.bytes for box in made), default=0)
+    assert max(sizes, default=0) <= max(min(limit, -(-total // count) + largest), 8)
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12), st.integers(1, 6))
 def test_what_several_ranks_hold_is_saved_once_and_spread_evenly(tensors: list[tuple[int, bool]], ranks: int) -> None:
     held: list[list[Box]] = [[] for _ in range(ranks)]
@@ -69,8 +80,8 @@ def test_what_several_ranks_hold_is_saved_once_and_spread_evenly(tensors: list[t
             shape = [rows] if replicated else [rows * ranks]
             offset = [0] if replicated else [rows * rank]
             held[rank].append(Box(name=f"t{index}", dtype="F32", shape=shape, offset=offset, local_shape=[rows]))
-    saves = owners(enumerate(held))
-    assert saves == owners(reversed(list(enumerate(held))))
+    saves = owners(enumerate(held), {})
+    assert saves == owners(reversed(list(enumerate(held))), {})
     for index, (_, replicated) in enumerate(tensors):
         savers = [rank for rank in range(ranks) if index in saves.get(rank, set())]
         assert len(savers) == (1 if replicated else ranks)
