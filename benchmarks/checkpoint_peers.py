@@ -104,18 +104,22 @@ def raw_save(rank: Rank, folder: str) -> float:
     return taken[0]
 
 
-def raw_load(rank: Rank, folder: str) -> float:
-    """This rank's share of all the bytes that :func:`raw_save` wrote, into memory that has been used before."""
+def raw_load(rank: Rank, folder: str, warm: bool = False) -> float:
+    """This rank's share of all the bytes that :func:`raw_save` wrote; ``warm``: into memory that was used before."""
     files = sorted(Path(folder).iterdir())
     sizes = [file.stat().st_size for file in files]
     target = memoryview(rank.bytes_of_state().numpy())
     at = sum(sizes) * rank.world.rank // rank.world.size
     end = min(sum(sizes) * (rank.world.rank + 1) // rank.world.size, at + len(target))
     with rank.clock() as taken:
+        kept: list[bytes] = []
         begin = done = 0
         for file, size in zip(files, sizes, strict=True):
             if begin < end and begin + size > at:
                 descriptor = os.open(file, os.O_RDONLY)
+                if not warm:
+                    kept.append(os.pread(descriptor, min(end, begin + size) - at, at - begin))
+                    at += len(kept[-1])
                 while at < min(end, begin + size):
                     count = os.preadv(descriptor, [target[done : done + min(end, begin + size) - at]], at - begin)
                     at, done = at + count, done + count
@@ -137,8 +141,8 @@ def raw_upload(rank: Rank, prefix: str) -> float:
     return taken[0]
 
 
-def raw_download(rank: Rank, prefix: str) -> float:
-    """This rank's share of what :func:`raw_upload` sent, as boto3 gets it, into memory that has been used before."""
+def raw_download(rank: Rank, prefix: str, warm: bool = False) -> float:
+    """This rank's share of what :func:`raw_upload` sent, as boto3 gets it; ``warm``: into used memory."""
     s3, pool = _client(rank)
     target = memoryview(rank.bytes_of_state().numpy())
     objects = s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix + "/")["Contents"]
@@ -152,16 +156,20 @@ def raw_download(rank: Rank, prefix: str) -> float:
             parts.append((each["Key"], first - begin, last - begin, target[first - at : last - at]))
         begin += each["Size"]
 
-    def get(part: tuple[str, int, int, memoryview]) -> None:
+    def get(part: tuple[str, int, int, memoryview]) -> bytes:
         key, first, last, into = part
         body = s3.get_object(Bucket=BUCKET, Key=key, Range=f"bytes={first}-{last - 1}")["Body"]
+        if not warm:
+            return body.read()
         done = 0
         while count := body.readinto(into[done:]):
             done += count
+        return b""
 
     with rank.clock() as taken:
-        list(pool.map(get, parts))
+        kept = list(pool.map(get, parts))
         dist.barrier()
+    del kept
     return taken[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,26 +93,35 @@ def whole(part: PartManifest, file: int) -> list[Segment]:
     ]
 
 
-def read_span(storage: Storage, span: Span, buffer: memoryview) -> memoryview:
-    """Read a span into the front of ``buffer`` and check all of it; returns that front.
+def read_span(
+    storage: Storage, span: Span, buffer: memoryview, straight: Mapping[int, memoryview] | None = None
+) -> None:
+    """Read a span into the front of ``buffer`` and check all of it.
 
+    ``straight`` has memory for some segments, by their number, that takes them instead: ``buffer`` has holes there.
     Raises DamagedError that names the file and the tensor, or OSError when the store did not give the bytes.
     """
-    view = buffer[: span.end - span.begin]
+    straight = straight or {}
+    size = span.end - span.begin
+    views, at = [], 0
+    for number, view in sorted(straight.items()):
+        begin = span.at(span.segments[number])
+        views += [buffer[at:begin], view]
+        at = begin + len(view)
+    views.append(buffer[at:size])
     first = span.segments[0].tensor if span.segments else "its header"
     try:
-        count = storage.read_into(span.path, span.begin, view)
+        count = storage.read_into(span.path, span.begin, views)
     except FileNotFoundError:
         raise DamagedError(f"{span.path} is missing from a committed checkpoint (tensor {first})") from None
     except OSError as error:
         raise OSError(f"cannot read {span.path}: {error}") from error
-    if count < len(view):
+    if count < size:
         raise DamagedError(_short(span, span.begin + count))
-    if span.begin == 0 and crc32c(view[: span.file.header]) != span.file.header_crc32c:
+    if span.begin == 0 and crc32c(buffer[: span.file.header]) != span.file.header_crc32c:
         raise DamagedError(f"{span.path} is damaged: the CRC-32C of its header does not match (before tensor {first})")
-    for segment in span.segments:
-        _check(span, segment, view[span.at(segment) :])
-    return view
+    for number, segment in enumerate(span.segments):
+        _check(span, segment, straight[number] if number in straight else buffer[span.at(segment) :])
 
 
 def _check(span: Span, segment: Segment, data: memoryview) -> None:

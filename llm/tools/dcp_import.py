@@ -157,11 +157,11 @@ class _Slice(_Stream):
     def __init__(self, storage: LocalStorage, place: Place) -> None:
         super().__init__(place.length)
         self.storage, self.place = storage, place
-        storage.read_into(place.file, place.offset, memoryview(bytearray(1)))  # is it there?
+        storage.read_into(place.file, place.offset, [memoryview(bytearray(1))])  # is it there?
 
     def fetch(self, begin: int, view: memoryview) -> int:
         try:
-            return self.storage.read_into(self.place.file, self.place.offset + begin, view)
+            return self.storage.read_into(self.place.file, self.place.offset + begin, [view])
         except OSError as error:
             self.failure = error
             raise
@@ -180,4 +180,4 @@ class _Memory(_Stream):
 def _whole(storage: Storage, place: Place) -> _Memory:
     """A part of an object, in one request: torch.load goes back and forth."""
     data = memoryview(bytearray(place.length))
-    return _Memory(data[: storage.read_into(place.file, place.offset, data)])
+    return _Memory(data[: storage.read_into(place.file, place.offset, [data])])

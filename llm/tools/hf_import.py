@@ -81,6 +81,6 @@ def _fits(entry: dict[str, Any], size: int) -> bool:
 
 def _read(storage: Storage, file: str, begin: int, box: Box) -> Tensor:
     data = torch.empty(box.bytes, dtype=torch.uint8)
-    if box.bytes and storage.read_into(file, begin, data.numpy().data) < box.bytes:
+    if box.bytes and storage.read_into(file, begin, [data.numpy().data]) < box.bytes:
         raise CheckpointError(f"{storage.url}/{file} is cut short, in tensor {box.name}")
     return data.view(DTYPES[box.dtype]).view(box.shape)

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from llm.checkpoint.boxes import Box, Dims
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifest, PartManifest
 from llm.checkpoint.lineage import read_part
-from llm.checkpoint.plan import Read, Round, Want, alone, check, incoming, outgoing, plan
+from llm.checkpoint.plan import Copy, Read, Round, Want, alone, check, incoming, outgoing, plan
 from llm.checkpoint.reader import is_remote, read_span
 from llm.train.dist import World
 from llm.train.pieces import NAMES, LocalPiece
 from llm.utils.storage import Storage
 
+STRAIGHT = 64 << 10  # bytes from which on it pays to read a segment into the target itself
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 
@@ -269,15 +270,17 @@ class _Filler:
     def _read(self, read: Read, message: Bytes | None, places: list[int]) -> None:
         """Runs in a thread. After a failure there is nothing left to do: no round ends without a look at it."""
         data = self._buffer(read.span.end - read.span.begin)
+        straight, copies = self._straight(read)
         try:
-            read_span(self.storage, read.span, data.data)
+            read_span(self.storage, read.span, data.data, straight)
         except (OSError, CheckpointError) as error:
             with self.lock:  # damage outranks what could not be read
                 if self.failure is None or isinstance(error, CheckpointError):
                     self.failure = error
             self.stopped = True
             return
-        for number, copy in enumerate(read.copies):
+        for number in copies:
+            copy = read.copies[number]
             shape = copy.inside.shape
             slab = _view(data, copy.at, copy.slab)
             source = slab if shape == copy.slab else slab[_slices(copy.inside)]
@@ -285,6 +288,40 @@ class _Filler:
                 self.targets[copy.target].put(Box(copy.offset, shape), source)
             else:
                 _view(message, places[number], shape)[...] = source
+
+    def _straight(self, read: Read) -> tuple[dict[int, memoryview], list[int]]:
+        """(memory of targets that takes whole segments as they come, by number; numbers of the copies left to make)."""
+        found: dict[int, memoryview] = {}
+        left: list[int] = []
+        after = 0
+        for number, segment in enumerate(read.span.segments):
+            begin = read.span.at(segment)
+            end = begin + segment.end - segment.begin
+            first = after
+            while after < len(read.copies) and read.copies[after].at < end:
+                after += 1
+            view = self._run(read.copies[first:after], begin, end) if end - begin >= STRAIGHT else None
+            if view is None:
+                left += range(first, after)
+            else:
+                found[number] = view
+        return found, left
+
+    def _run(self, copies: list[Copy], begin: int, end: int) -> memoryview | None:
+        """The memory to which ``copies`` take the bytes ``begin`` .. ``end`` of a span, if they leave their order."""
+        if {(copy.rank, copy.target) for copy in copies} != {(self.rank, copies[0].target if copies else -1)}:
+            return None
+        target, at, first = self.targets[copies[0].target], begin, 0
+        for copy in copies:
+            place = target.place(Box(copy.offset, copy.inside.shape))
+            if place is None or copy.at != at or copy.inside.shape != copy.slab:
+                return None
+            if at == begin:
+                first = place
+            if place - first != at - begin:
+                return None
+            at += copy.inside.size
+        return target.run(first, end - begin) if at == end else None
 
     def _buffer(self, size: int) -> Bytes:
         """Memory of this thread, used again: it stays in the core's cache."""
@@ -305,6 +342,20 @@ class _Target:
         self.flat = self.tensor.stride(-1) == 1 or not tensor.numel()
         self.bytes = self.tensor.view(torch.uint8) if self.flat else None
         self.array = self.bytes.numpy() if self.bytes is not None and tensor.device.type == "cpu" else None
+
+    def place(self, where: Box) -> int | None:
+        """Where the bytes of ``where`` begin in the memory of the target, if they lie there one after the other."""
+        if self.array is None or not self.array.flags.c_contiguous:
+            return None
+        part = self.array[_slices(where)]
+        if not part.flags.c_contiguous:
+            return None
+        return int(part.ctypes.data - self.array.ctypes.data)
+
+    def run(self, at: int, size: int) -> memoryview:
+        """``size`` bytes of the target's memory from ``at`` on."""
+        assert self.array is not None
+        return self.array.reshape(-1)[at : at + size].data
 
     def put(self, where: Box, source: Bytes) -> None:
         """Copy ``source`` to ``where``."""

@@ -8,15 +8,16 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llm.utils.storage import Buffer
+from llm.utils.storage import Buffer, rest
 
 DIRECT_FROM = 1 << 20  # smaller files gain nothing from bypassing the page cache
 CHUNK, THREADS = 8 << 20, 4
 PAGE = 4096
+AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers of one system call
 
 
 class LocalStorage:
@@ -75,12 +76,13 @@ class LocalStorage:
             stream.seek(start)
             return stream.read() if end is None else stream.read(end - start)
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        done = 0
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> int:
+        done, left = 0, rest(buffers, 0)
         descriptor = os.open(f"{self.url}/{path}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
+            while left and (count := os.preadv(descriptor, left[:AT_ONCE], start + done)):
                 done += count
+                left = rest(left, count)
         finally:
             os.close(descriptor)
         return done

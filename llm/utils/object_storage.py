@@ -15,10 +15,11 @@ import io
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from llm.utils.storage import Buffer
+from llm.utils.s3_download import Downloads
+from llm.utils.storage import Buffer, rest
 
 T = TypeVar("T")
 S = TypeVar("S", bound="_Collected | _Filled")
@@ -53,11 +54,13 @@ class ObjectStorage:
             # Who waits for an answer is watched here; the SDK's time-out knows nothing of what is still to be sent.
             waits = STALL_S + UNSEEN / SLOWEST
             timeouts = {"connect_timeout": CONNECT_S, "read_timeout": waits, "max_pool_connections": 64}
-            options["config_kwargs"] = {**timeouts, **given, "retries": {"total_max_attempts": 1}}
+            signature = {} if ":" in self.url.split("://", 1)[1] else {"signature_version": "s3v4"}  # also in URLs
+            options["config_kwargs"] = {**timeouts, **signature, **given, "retries": {"total_max_attempts": 1}}
         self.fs: Any
         self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)  # type: ignore[no-untyped-call]
         if self.s3:
             self.fs.retries = 1
+        self._straight = Downloads(self.fs) if self.s3 else None
         self._limit: float | None = None
 
     def within(self, seconds: float) -> ObjectStorage:
@@ -85,12 +88,12 @@ class ObjectStorage:
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
             return b""
-        return bytes(self._get(path, start, end, _Collected))
+        return bytes(self._ask("get", path, lambda key, stall_s: self._get(key, start, end, _Collected(), stall_s)))
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        if not len(buffer):
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> int:
+        if not any(map(len, buffers)):
             return 0
-        return len(self._get(path, start, start + len(buffer), lambda: _Filled(buffer)))
+        return self._ask("get", path, lambda key, stall_s: self._fill(key, start, buffers, stall_s))
 
     def sizes(self, path: str) -> dict[str, int | None]:
         entries = self._entries(path)
@@ -111,24 +114,27 @@ class ObjectStorage:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    def _get(self, path: str, start: int, end: int | None, target: Callable[[], S]) -> S:
-        """Bytes ``start`` .. ``end``, in a new target at each try."""
-
-        def get(key: str, stall_s: float) -> S:
-            taken = target()
-            try:
-                if self.s3:
-                    self._run(self._download(key, start, end, taken), stall_s, taken)
-                else:  # these tell nothing before they are done
-                    slow_s = (UNSEEN if end is None else end - start) / SLOWEST
-                    taken.add(self._call("cat_file", key, start=start, end=end, stall_s=stall_s + slow_s))
-            except OSError as error:  # S3 refuses a range that begins behind the end
-                if error.errno == errno.EINVAL and self._call("info", key, stall_s=stall_s)["size"] <= start:
-                    return target()
+    def _get(self, key: str, start: int, end: int | None, taken: S, stall_s: float) -> S:
+        """Bytes ``start`` .. ``end``."""
+        try:
+            if self.s3:
+                self._run(self._download(key, start, end, taken), stall_s, taken)
+            else:  # these tell nothing before they are done
+                slow_s = (UNSEEN if end is None else end - start) / SLOWEST
+                taken.add(self._call("cat_file", key, start=start, end=end, stall_s=stall_s + slow_s))
+        except OSError as error:  # S3 refuses a range that begins behind the end
+            if error.errno != errno.EINVAL or self._call("info", key, stall_s=stall_s)["size"] > start:
                 raise
-            return taken
+        return taken
 
-        return self._ask("get", path, get)
+    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], stall_s: float) -> int:
+        """Bytes from ``start`` on, straight from the socket where that is possible."""
+        straight = self._straight
+        if straight is not None and straight.usable:
+            url = straight.signed(key) or self._run(straight.sign(key), stall_s, None)
+            if straight.usable and (count := straight.fetch(url, start, buffers, stall_s, self._limit)) is not None:
+                return count
+        return len(self._get(key, start, start + sum(map(len, buffers)), _Filled(buffers), stall_s))
 
     async def _download(self, key: str, start: int, end: int | None, target: _Collected | _Filled) -> None:
         bucket, name, _ = self.fs.split_path(key)
@@ -333,8 +339,8 @@ class _Collected:
 class _Filled:
     """A download into memory that is there already."""
 
-    def __init__(self, buffer: memoryview) -> None:
-        self._buffer, self._size = buffer, 0
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._left, self._size = rest(buffers, 0), 0
 
     def __len__(self) -> int:
         return self._size
@@ -346,9 +352,12 @@ class _Filled:
         return 0.0
 
     def add(self, chunk: bytes) -> None:
-        end = self._size + len(chunk)
-        self._buffer[self._size : end] = chunk  # a ValueError if the store gives more than it was asked for
-        self._size = end
+        data = memoryview(chunk)
+        self._size += len(data)
+        while data:  # an IndexError if the store gives more than it was asked for
+            count = min(len(self._left[0]), len(data))
+            self._left[0][:count] = data[:count]
+            self._left, data = rest(self._left, count), data[count:]
 
 
 def _passing(error: Exception) -> bool:

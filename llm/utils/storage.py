@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -35,8 +36,11 @@ class Storage(Protocol):
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes ``start`` .. ``end``. Raises FileNotFoundError; a short file gives fewer."""
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` with the bytes from ``start`` on; returns how many there were. Raises FileNotFoundError."""
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> int:
+        """Fill one buffer after the other with the bytes from ``start`` on; returns how many there were.
+
+        Raises FileNotFoundError.
+        """
 
     def sizes(self, path: str) -> dict[str, int | None]:
         """Name of everything in a folder -> bytes, None for a folder; empty when there is no such folder."""
@@ -49,6 +53,16 @@ class Storage(Protocol):
 
     def remove_folder(self, path: str, only_empty: bool = False) -> None:
         """Remove a folder with all that is in it, or only if it has nothing; that it is gone is no error."""
+
+
+def rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of ``buffers`` when the first ``done`` bytes are filled."""
+    left = []
+    for view in buffers:
+        if done < len(view):
+            left.append(view[done:] if done else view)
+        done = max(done - len(view), 0)
+    return left
 
 
 def open_storage(url: str) -> Storage:

@@ -10,6 +10,7 @@ import contextlib
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -62,6 +63,7 @@ class Proxy:
     """``url`` is what clients connect to. ``seen`` has "METHOD /path" of every request, in order of arrival."""
 
     upstream: str
+    tls: ssl.SSLContext | None = None
     url: str = ""
     seen: list[str] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
@@ -86,8 +88,9 @@ class Proxy:
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK)  # what is not passed on stays with the client
         listening.bind(("127.0.0.1", 0))
-        server = await asyncio.start_server(self._accept, sock=listening, limit=2 * CHUNK)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server = await asyncio.start_server(self._accept, sock=listening, limit=2 * CHUNK, ssl=self.tls)
+        scheme = "http" if self.tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready()
         await stop.wait()
         server.close()
@@ -279,9 +282,9 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 @contextlib.contextmanager
-def proxy(upstream: str) -> Iterator[Proxy]:
-    """A running proxy in front of ``upstream``, an URL."""
-    made, ready = Proxy(upstream), threading.Event()
+def proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """A running proxy in front of ``upstream``, an URL; with ``tls`` it is reached by HTTPS."""
+    made, ready = Proxy(upstream, tls), threading.Event()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
 

@@ -72,10 +72,10 @@ def test_read_into_tells_how_much_there_was(tmp_path: Path, memory, s3_url):
             (20, 3, b""),
         ):
             buffer = bytearray(size)
-            assert storage.read_into("some/file", start, memoryview(buffer)) == len(expected)
+            assert storage.read_into("some/file", start, [memoryview(buffer)]) == len(expected)
             assert buffer[: len(expected)] == expected
         with pytest.raises(FileNotFoundError):
-            storage.read_into("some/other", 0, memoryview(bytearray(3)))
+            storage.read_into("some/other", 0, [memoryview(bytearray(3))])
 
 
 def test_every_flipped_bit_is_found_where_it_is(tmp_path: Path):

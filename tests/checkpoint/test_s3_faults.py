@@ -246,10 +246,10 @@ def test_uploads_start_over_and_downloads_are_whole(through: ObjectStorage, faul
     assert through.read("x") == data
     faulty.faults = Faults(match="GET", first=1, cut_answer=1_000_000)
     buffer = bytearray(2_000_000)
-    assert through.read_into("x", 500_000, memoryview(buffer)) == len(buffer)
+    assert through.read_into("x", 500_000, [memoryview(buffer)]) == len(buffer)
     assert buffer == data[500_000:2_500_000]
     faulty.faults = Faults()
-    assert through.read_into("x", 2_999_990, memoryview(bytearray(100))) == 10
+    assert through.read_into("x", 2_999_990, [memoryview(bytearray(100))]) == 10
     assert through.read("x", 3_000_000) == b""
     assert through.read("x", 10, 20) == data[10:20]
 

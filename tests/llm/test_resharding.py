@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,8 @@ class Counted:
         self.bytes += len(data)
         return data
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        count = self._storage.read_into(path, start, buffer)
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> int:
+        count = self._storage.read_into(path, start, buffers)
         self.bytes += count
         self.paths.add(path.rsplit("/", 1)[1])
         return count
@@ -299,10 +299,10 @@ class Refusing(LocalStorage):
 
     refused = "nothing"
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> int:
         if path.endswith(self.refused):
             raise PermissionError(13, "Permission denied", path)
-        return super().read_into(path, start, buffer)
+        return super().read_into(path, start, buffers)
 
 
 def flip(path: Path, at: int) -> None:
