@@ -1,4 +1,4 @@
-"""``python agent.pyz local|slurm|node``: the supervisor's entry points."""
+"""``python agent.pyz local|slurm|k8s|node``: the supervisor's entry points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     """Parse and dispatch."""
     parser = argparse.ArgumentParser(prog="agent.pyz", description="The supervisor inside an llmops job.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for backend in ("local", "slurm"):
+    for backend in ("local", "slurm", "k8s"):
         verb = verbs.add_parser(backend, help=f"supervise a job of the {backend} backend")
         verb.add_argument("--run", required=True, help="run directory: a path or a URL")
         verb.add_argument("--submission", type=int, required=True)
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
         return run_node(index)
     if arguments.verb == "slurm":
         from llmops.agent.slurm import main as supervise
+    elif arguments.verb == "k8s":
+        from llmops.agent.k8s import main as supervise
     else:
         from llmops.agent.local import main as supervise
     try:

@@ -7,11 +7,10 @@ import secrets
 import selectors
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from llmops.agent.policy.common import Outcome
 from llmops.agent.signals import SignalPipe
@@ -21,8 +20,22 @@ JOIN_TIMEOUT_S = 180.0
 FAREWELL_S = 20.0
 TICK_S = 1.0
 
-# Starts the node agents of an attempt with the given environment added; the process ends when they all have.
-Launcher = Callable[[dict[str, str]], "subprocess.Popen[bytes]"]
+
+class Agents(Protocol):
+    """All node agents of an attempt as one process, which ends when they all have."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+
+    def send_signal(self, number: int) -> None:
+        """Signal all that still run."""
+
+
+# Starts the node agents of an attempt with the given environment added.
+Launcher = Callable[[dict[str, str]], Agents]
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class Coordinator:
             self.late.close()
         return outcome
 
-    def _serve(self, process: subprocess.Popen[bytes]) -> Outcome:
+    def _serve(self, process: Agents) -> Outcome:
         join_by = time.monotonic() + JOIN_TIMEOUT_S
         nodes = self.spec["nodes"]
         while True:
@@ -280,7 +293,7 @@ class Coordinator:
             stop=self.stop.record() if self.stop else None,
         )
 
-    def _leave(self, process: subprocess.Popen[bytes]) -> None:
+    def _leave(self, process: Agents) -> None:
         """Wait until the node agents are gone; they have nothing left to do but exit."""
         for number in (None, signal.SIGTERM, signal.SIGKILL):
             if number is not None:

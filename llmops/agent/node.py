@@ -301,7 +301,7 @@ class NodeAgent:
 
 def node_name() -> str:
     """This node's name as the scheduler calls it, or the machine's own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return os.environ.get("SLURMD_NODENAME") or os.environ.get("LLMOPS_HOST") or socket.gethostname()
 
 
 def own_address(peer: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ class Supervisor:
         self.spec: dict[str, Any] = spec
         self.submission, self.job_id, self.restart, self.hosts = submission, job_id, restart, hosts
         self.address = address
+        self.refusal_code = self.superseded_code = 0  # what the job returns when it may not run, or no longer
         self._polled = 0.0
 
     def may_run(self) -> str | None:
@@ -82,6 +84,10 @@ class Supervisor:
         self._polled = time.monotonic()
         return self.cancel_request(time.time() + float(self.spec["stop"]["local_grace_s"]))
 
+    def gather(self, signals: SignalPipe, on_signal: Callable[[str], StopRequest | None]) -> StopRequest | None:
+        """Wait for what the next attempt needs; a stop request that came meanwhile, or None."""
+        return None
+
     def run(
         self,
         signals: SignalPipe,
@@ -97,12 +103,16 @@ class Supervisor:
             refusal = self.may_run()
             if refusal:
                 log(f"nothing to do: {refusal}")
-                return 0
+                return self.refusal_code
+            if (stop := self.gather(signals, on_signal)) is not None:
+                decision = decide(Outcome("stopped", stop=stop.record()))
+                log(f"stopped before the attempt: {decision.detail or decision.reason}; next: {decision.action}")
+                return act(decision)
             try:
                 record = attempts.claim(self.rundir, self.submission, self.job_id, self.restart, self.hosts)
             except attempts.Superseded as error:
                 log(f"nothing to do: {error}")
-                return 0
+                return self.superseded_code
             number = record["number"]
             log(f"attempt {number} on {','.join(self.hosts)}, from {record['resume_from'] or 'scratch'}")
             outcome = Coordinator(self.spec, record, rendezvous, signals, on_signal, poll).run(launch)
@@ -156,6 +166,7 @@ class Supervisor:
                     return stop
                 if selector.select(min(left, INTENT_POLL_S)):
                     for number in signals.read():
-                        stop = stop or on_signal(number.name)
+                        if number != signal.SIGCHLD:
+                            stop = stop or on_signal(number.name)
                     if stop:
                         return stop
