@@ -1,6 +1,7 @@
 # make           the virtual environment, if anything in it has changed
 # make test      lint, types, layers, and the tests; brings up a real SLURM (see slurm/dev-cluster.sh)
 # make demo      a tiny run that is killed and goes on
+# make test-k8s  the Kubernetes tests that need a real cluster
 # make soak      the tests that repeat for long
 # make lint      without the tests
 # make docs      the site, into site/
@@ -9,9 +10,10 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+SLURM_LOG := .slurm-tests.log
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test soak lint docs
+.PHONY: venv demo test test-k8s soak lint docs
 
 venv: $(INSTALLED)
 
@@ -21,14 +23,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo 'make venv: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,s3,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,s3,k8s,dev,docs]'
 	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/python -m llmops.demo
 
+# Two halves at the same time: SLURM's spend most of theirs waiting for it. With PYTEST_ARGS, what these say.
 test: lint
+ifeq ($(PYTEST_ARGS),)
+	@echo 'tests with SLURM: written to $(SLURM_LOG), and shown at the end'
+	@$(BIN)/pytest -m '(slurm or signals) and not soak' >$(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(BIN)/pytest -m 'not (slurm or signals or soak or k8s_cluster)'; others=$$?; \
+	  wait $$slurm; code=$$?; cat $(SLURM_LOG); exit $$((others | code))
+else
 	$(BIN)/pytest $(PYTEST_ARGS)
+endif
+
+# Against the cluster of the current kubeconfig, in a namespace of its own; see tests/k8s/cluster.
+test-k8s: $(INSTALLED)
+	$(BIN)/pytest -m k8s_cluster tests/k8s/cluster $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
 	$(BIN)/pytest -m soak $(PYTEST_ARGS)

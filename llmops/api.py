@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,7 @@ def prepare(
         Path.cwd()
     except FileNotFoundError as error:
         raise UserError("the current folder no longer exists; change to one that does") from error
-    if backend is not None and backend not in backends.NAMES:
-        raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
+    _check_backend(backend)
     full = [f"cluster={backend}"] if backend else []
     full += overrides
     if name is not None:
@@ -59,6 +58,11 @@ def prepare(
     if command:
         full.append(assign("command", list(command)))
     return launch.prepare(load_config(full, config_dir), runs_url)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in backends.NAMES:
+        raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
 
 
 def submit(prepared: launch.Prepared) -> Run:
@@ -93,16 +97,21 @@ def _statuses(runs: Sequence[Run]) -> list[Status]:
     """States of runs, with one look at each scheduler. Runs that have ended are not asked about."""
     job_ids: dict[str, list[str]] = {}
     tags: dict[str, list[str]] = {}
+    named: dict[str, str] = {}  # job ids by tag
     for run in runs:
         if run.job_id and not _ended(run):
             job_ids.setdefault(run.backend, []).append(run.job_id)
         elif tag := _lost_tag(run):
-            tags.setdefault(run.backend, []).append(tag)
+            if expected := _expected_job(run):
+                named[tag] = expected
+                job_ids.setdefault(run.backend, []).append(expected)
+            else:
+                tags.setdefault(run.backend, []).append(tag)
     looks = {name: _look(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
     found = []
     for run in runs:
         look = looks.get(run.backend)
-        adopted = _adopt(run, look.found) if look else run
+        adopted = _adopt(run, {**look.found, **_there(named, look)}) if look else run
         view = look.views.get(adopted.job_id) if look and adopted.job_id else None
         found.append(_status(adopted, view))
     return found
@@ -123,6 +132,19 @@ def _status(run: Run, view: JobView | None) -> Status:
         run = records.load_run(run.store)
     state, reason = derive_state(run, view)
     return Status(run, state, reason, view)
+
+
+def pod_logs(run: Run, tail: int | None, done: Callable[[], bool] | None) -> Iterator[str]:
+    """Lines that the newest submission's pods have printed, supervisors included, from the Kubernetes API.
+
+    ``tail``: the last so many of each pod; ``done``: also what they print from now on, until it says True.
+    """
+    if run.backend != "k8s" or run.job_id is None:
+        raise UserError(f"--pods: {run.id} has no pods; leave it out")
+    from llmops.backends.k8s import K8sBackend
+
+    for line in K8sBackend().logs(run.job_id, tail, done):
+        yield f"[{line.pod}] {line.text}"
 
 
 def has_ended(run: Run) -> bool:
@@ -148,6 +170,19 @@ def _lost_tag(run: Run) -> str | None:
     if newest is None or newest.job_id or newest.failed or time.time() - newest.record.created > LOST_S:
         return None
     return newest.tag
+
+
+def _expected_job(run: Run) -> str | None:
+    """The id of the newest submission's job, where jobs are named before they are made, as on Kubernetes."""
+    spec = launch.stored_spec(run.store, run.submissions[-1].number) or {}
+    job_id = spec.get("options", {}).get("job_id")
+    return None if job_id is None else str(job_id)
+
+
+def _there(named: Mapping[str, str], look: Look) -> dict[str, str]:
+    """Those of the expected jobs that the scheduler has."""
+    states = {tag: look.views[job_id].state for tag, job_id in named.items() if job_id in look.views}
+    return {tag: named[tag] for tag, state in states.items() if state not in ("gone", "unreachable")}
 
 
 def _adopt(run: Run, found: Mapping[str, str]) -> Run:
@@ -191,12 +226,18 @@ def cancel(run: Run, graceful: bool = False, wait: bool = True) -> Status:
         pause = min(2 * pause, 2.0)
 
 
-def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
+def resume(
+    run: Run, overrides: Sequence[str] = (), backend: str | None = None, config_dir: Path | None = None
+) -> Run | None:
     """Go on from the last committed step with a new submission. None when the run has finished and nothing was changed.
 
-    Raises :class:`UserError` while the run is alive.
+    ``backend``: there instead of where it ran before, with the defaults of that cluster's group, which ``config_dir``
+    may have too. Raises :class:`UserError` while the run is alive.
     """
+    from llmops.config.compose import group
     from llmops.config.recompose import recompose
+
+    _check_backend(backend)
 
     now = status(run)
     if now.state in ("running", "pending", "preempted"):
@@ -210,8 +251,15 @@ def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
     if now.state == "unknown" and now.run.job_id is None:
         # Its submission may have been accepted without an answer; only its scheduler knows.
         for submission in now.run.submissions[-1:]:
-            backends.load(submission.backend).find(submission.tag)
-    if now.state == "finished" and not overrides:
+            if expected := _expected_job(now.run):
+                view = backends.load(submission.backend).look([expected]).views[expected]
+                if view.state == "unreachable":
+                    what = "it is not known whether it has a job"
+                    raise ClusterError(f"{run.id}: {what} ({view.reason}); try again later")
+            else:
+                backends.load(submission.backend).find(submission.tag)
+    moved = backend is not None and backend != now.run.backend
+    if now.state == "finished" and not overrides and not moved:
         return None
     record = now.run.record
     if record is None:
@@ -227,13 +275,14 @@ def resume(run: Run, overrides: Sequence[str] = ()) -> Run | None:
         text = now.run.store.get(config_path).decode()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{run.url}/{config_path} is missing or damaged ({error}); it cannot be resumed") from error
-    composed = recompose(text, overrides)
+    cluster = group("cluster", backend, config_dir) if backend and moved else None
+    composed = recompose(text, overrides, cluster)
     runs = open_store(now.run.url.rsplit("/", 1)[0])
     # Of the first submission, also when that one never got as far as naming it.
     archive = f"{runs.url}/code/{record.code.sha256}.tar.gz" if record.code else None
     prepared = launch.prepare(composed, runs.url)
     number = records.next_submission(now.run.store)
-    if overrides:
+    if overrides or moved:
         config_path = f"job/{number:04d}/config.yaml"
         now.run.store.create(config_path, composed.yaml_text.encode())
     again = launch.Prepared(**{**vars(prepared), "run_id": run.id, "name": record.name})

@@ -69,7 +69,7 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
     if runs.url.startswith("memory://"):
         raise UserError(f"runs_url={url}: no job can reach the memory of this process; give a path or an object store")
     backend.check(config.cluster, f"{runs.url}/run")
-    for secret in config.secrets:
+    for secret in config.secrets if backend.name != "k8s" else ():  # there the cluster has their values
         if secret not in os.environ:
             raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
     now = time.time()
@@ -93,15 +93,22 @@ def job_spec(
     config = prepared.config
     container = getattr(config.cluster, "container", None)
     # This interpreter's path means nothing inside somebody's image.
-    outside = container is None or container.runtime == "none"
+    outside = prepared.backend.name != "k8s" and (container is None or container.runtime == "none")
     python = config.cluster.python or (sys.executable if outside else "python3")
     trainer = [python, "-m", "llm.train", "--config", f"{prepared.run_url}/{config_path}"]
-    values = {"runs_url": prepared.runs.url, "warning_s": warning_seconds(config)}
+    values = {
+        "runs_url": prepared.runs.url,
+        "run_id": prepared.run_id,
+        "tag": tag,
+        "warning_s": warning_seconds(config),
+        "save_s": config.checkpoint.save_seconds,
+    }
     options = prepared.backend.options(config.cluster, values)
-    if config.secrets:
-        options["secrets_file"] = str(secrets_file(prepared, submission))
-    if archive is None:
-        options["work_dir"] = work_dir or str(Path.cwd())
+    if prepared.backend.name != "k8s":  # a pod has the image's folders, and secrets of the cluster's own
+        if config.secrets:
+            options["secrets_file"] = str(secrets_file(prepared, submission))
+        if archive is None:
+            options["work_dir"] = work_dir or str(Path.cwd())
     return JobSpec(
         run_id=prepared.run_id,
         name=prepared.name,
@@ -216,11 +223,11 @@ def submit(
     if not records.write_submission(run, record):
         raise UserError(f"{prepared.run_id} is being resumed by somebody else just now; see `llmops status`")
     job = run.sub(f"job/{number:04d}")
-    if prepared.config.secrets:
+    if prepared.config.secrets and "secrets_file" in spec.options:
         values = {name: os.environ[name] for name in prepared.config.secrets}
         path = secrets_file(prepared, number)
         PosixStore(path.parent).create(path.name, json.dumps(values).encode(), mode=0o600)
-    job.create("sbatch.sh" if prepared.backend.name == "slurm" else "command.txt", text.encode())
+    job.create(prepared.backend.text_name, text.encode())
     # The last object before the call: a submission without it was never sent.
     job.create("spec.json", json.dumps(spec.to_json(), indent=1, sort_keys=True).encode())
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +37,21 @@ def sbatch_options(options: Mapping[str, object]) -> list[str]:
     return lines
 
 
+def json_value(value: object) -> str:
+    """A value as JSON that every YAML parser reads as the same value: on one line, and of printable characters.
+
+    YAML knows no surrogate pairs, takes some characters for line breaks that JSON does not, and refuses others.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return re.sub(
+        "[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]",
+        lambda found: f"\\u{ord(found[0]):04x}",
+        text,
+    )
+
+
 def render_template(name: str, override: str | None, values: Mapping[str, Any]) -> str:
-    """Fill the template ``name``, or the user's own at ``override``.
+    """Fill the template ``name``, or the user's own at ``override``, which may include those that are shipped.
 
     A name that the template does not know is an error.
     """
@@ -44,6 +59,7 @@ def render_template(name: str, override: str | None, values: Mapping[str, Any]) 
 
     path = Path(override).expanduser() if override else templates_dir() / name
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([path.parent, templates_dir()]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -52,6 +68,7 @@ def render_template(name: str, override: str | None, values: Mapping[str, Any]) 
     )
     environment.filters["shell"] = lambda value: shlex.quote(str(value))
     environment.filters["sbatch"] = sbatch_value
+    environment.filters["json"] = json_value
     try:
         return environment.from_string(path.read_text(encoding="utf-8")).render(values)
     except OSError as error:

@@ -24,6 +24,14 @@ SHOWN = {
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],
+    "kubernetes.md": [
+        "kind: JobSet",
+        "completions: 2",
+        "hostname: here",
+        "did you mean 64Gi?",
+        "exit code 2",
+        "claimName",
+    ],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }
 

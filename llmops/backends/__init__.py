@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmops.backends.base import Backend
 from llmops.errors import UserError
 
-NAMES = ("local", "slurm")
+NAMES = ("local", "slurm", "k8s")
 
 
 def load(name: str) -> Backend:
@@ -18,4 +18,8 @@ def load(name: str) -> Backend:
         from llmops.backends.slurm import SlurmBackend
 
         return SlurmBackend()
+    if name == "k8s":
+        from llmops.backends.k8s import K8sBackend
+
+        return K8sBackend()
     raise UserError(f"unknown backend {name!r}; choose one of: {', '.join(NAMES)}")

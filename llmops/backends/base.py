@@ -40,6 +40,7 @@ class Backend(Protocol):
     """Where jobs run."""
 
     name: str
+    text_name: str  # the file in the run directory that keeps what was submitted
 
     def check(self, cluster: Any, run_url: str) -> None:
         """Refuse, before anything is written, what the scheduler would refuse or leave pending for ever."""

@@ -28,6 +28,7 @@ class LocalBackend:
     """Processes on this machine. A job id is ``host:pid:start``, which no later process can have."""
 
     name = "local"
+    text_name = "command.txt"
 
     def check(self, cluster: Any, run_url: str) -> None:
         """One node there is, and a Python to start the ranks with."""

@@ -79,6 +79,7 @@ class SlurmBackend:
     """Jobs of one SLURM cluster."""
 
     name = "slurm"
+    text_name = "sbatch.sh"
 
     def check(self, cluster: SlurmCluster, run_url: str) -> None:
         """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""

@@ -19,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on, over restarts, until the run is over")
     parser.add_argument("--rank", default="all", metavar="R", help="a rank, or all (default)")
     parser.add_argument("--attempt", type=int, metavar="A", help="an attempt; default: all")
+    parser.add_argument("--pods", action="store_true", help="what the pods print, from the Kubernetes API")
     parser.add_argument("--tail", type=int, metavar="N", help="only the last N lines of each rank")
 
 
@@ -28,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tail is not None and arguments.tail < 0:
         raise UserError(f"--tail {arguments.tail}: give a number of lines, 0 or more")
     found = api.find(arguments.ref, arguments.runs_url)
+    if arguments.pods:
+        return _pods(found, arguments)
     if arguments.follow:
         return follow(found, rank, arguments.attempt, arguments.tail)
     from llmops.monitor import logs
@@ -36,6 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
     prefix, terminal = logs.prefixed(found, rank, arguments.attempt), sys.stdout.isatty()
     for line in logs.tail(found, rank, arguments.attempt, arguments.tail):
         print(logs.printable(line, prefix, terminal))
+    return 0
+
+
+def _pods(found: Run, arguments: argparse.Namespace) -> int:
+    """What the scheduler has of the pods: also of those that never got as far as to run anything."""
+    from llmops.monitor.text import terminal_line
+
+    if arguments.attempt is not None or arguments.rank != "all":
+        raise UserError("--pods shows whole pods: leave --rank and --attempt out")
+    terminal = sys.stdout.isatty()
+    over = (lambda: api.status(found).state in api.OVER) if arguments.follow else None
+    for line in api.pod_logs(found, arguments.tail, over):
+        print(terminal_line(line) if terminal else line, flush=arguments.follow)
     return 0
 
 

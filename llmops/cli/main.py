@@ -79,7 +79,11 @@ def main(argv: list[str]) -> int:
             return complain("nothing follows --: give the command to run, or leave -- out", 2)
     verb = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(verb)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes the overrides that follow an option for strangers
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     if arguments.version:
         from llmops import __version__
 

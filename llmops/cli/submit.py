@@ -12,7 +12,7 @@ from llmops.launch import Prepared, dry_run
 def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
     """Arguments of ``submit`` and, but for what needs a job, of ``render``."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides: recipe=tiny train.lr=1e-4 …")
-    parser.add_argument("--backend", metavar="B", help="local or slurm (the same as cluster=B)")
+    parser.add_argument("--backend", metavar="B", help="local, slurm or k8s (the same as cluster=B)")
     parser.add_argument("--name", metavar="N", help="the run's name")
     parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with config groups of your own")
     if rendering:

@@ -12,13 +12,13 @@ import msgspec
 
 import llm.utils.config
 from llmops import __version__
-from llmops.config import cache, groups, hydra_call, rules, schema
+from llmops.config import cache, groups, hydra_call, k8s_rules, rules, schema
 from llmops.config import overrides as override_text
 from llmops.config.schema import RunConfig
 from llmops.errors import UserError
 
-# Numbers that people write for text: minutes and MB.
-_NUMBER_AS_TEXT = ("time", "mem", "mem_per_cpu")
+# Numbers that people write for text: minutes, MB, Kubernetes' quantities.
+_NUMBER_AS_TEXT = ("time", "mem", "mem_per_cpu", "cpus", "memory", "ephemeral_storage", "shm")
 
 
 class Composed(NamedTuple):
@@ -62,10 +62,16 @@ def compose(overrides: Sequence[str] = (), config_dir: Path | None = None) -> di
     return load_config(overrides, config_dir).data
 
 
+def group(name: str, option: str, config_dir: Path | None = None) -> dict[str, Any]:
+    """One group of the configuration as its file has it; whether its values go together is not checked."""
+    found: dict[str, Any] = _compose(groups.read(config_dir), [f"{name}={option}"])[0][name]
+    return found
+
+
 def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
     """Everything that decides what a composition gives, besides its overrides."""
     yield "llmops", __version__.encode()
-    for module in (schema, rules, override_text, llm.utils.config, sys.modules[__name__]):
+    for module in (schema, rules, k8s_rules, override_text, llm.utils.config, sys.modules[__name__]):
         yield module.__name__, Path(str(module.__file__)).read_bytes()
     for package, version_file in (("hydra", "__init__.py"), ("omegaconf", "version.py")):
         spec = find_spec(package)
@@ -90,7 +96,7 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     for override in overrides:
         if override_text.key_of(override) in options and (override[0] == "~" or override.endswith("=null")):
             raise UserError(f"override {override}: a run needs this group; choose one of its options")
-    arguments = override_text.as_typed(overrides, errors.text_keys() | options, errors.list_keys())
+    arguments = override_text.as_typed(overrides, errors.text_keys() | options, errors.list_keys(), errors.mappings())
     if len(files.folders) > 1:
         arguments.append(override_text.assign("hydra.searchpath", [f"file://{folder}" for folder in files.folders[1:]]))
     try:
@@ -106,9 +112,11 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
         raise UserError(f"{files.folders[0]}/config.yaml: not a mapping of keys")
     section = data.get("cluster")
     if isinstance(section, dict):
-        for key in _NUMBER_AS_TEXT:
-            if type(section.get(key)) is int:
-                section[key] = str(section[key])
+        resources = section.get("resources")
+        for place in (section, resources if isinstance(resources, dict) else {}):
+            for key in _NUMBER_AS_TEXT if place is section else list(place):
+                if type(place.get(key)) in (int, float):
+                    place[key] = str(place[key])
     pure = not called and files.pure() and not any("../" in text for text in overrides)
     return {str(key): value for key, value in data.items()}, pure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import msgspec
 
@@ -40,9 +40,14 @@ def list_keys() -> set[str]:
     return {key for key, kind in schema_keys().items() if kind == list[str]}
 
 
+def mappings() -> dict[str, bool]:
+    """Keys that are sections with keys of the user's own, and whether all their values are text."""
+    return {key: kind == dict[str, str] for key, kind in schema_keys().items() if get_origin(kind) is dict}
+
+
 def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str | None) -> UserError:
     """The error for a key that no configuration has."""
-    shown = place(key, groups, overrides)
+    shown = place(key.split("[")[0], groups, overrides) if "[" in key else place(key, groups, overrides)
     if key in schema_keys() and cluster is not None:
         owner = next(name for name in CLUSTERS if key in schema_keys(name))
         return UserError(
@@ -57,7 +62,7 @@ def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str
         close = [name for name in names if name.rpartition(".")[2] == leaf][:1]
     if close:
         return UserError(f"{shown}: there is no key {key}; did you mean {close[0]}?")
-    section = key.rpartition(".")[0]
+    section = re.sub(r"\[[^\]]*\]", "[]", key).rpartition(".")[0]
     while section and section not in known:
         section = section.rpartition(".")[0]
     prefix = f"{section}." if section else ""
@@ -71,7 +76,7 @@ def from_validation(
 ) -> UserError:
     """The error for composed data that does not fit the schema."""
     text, _, path = str(error).partition(" - at `$")
-    key = path.rstrip("`").lstrip(".")
+    key = _named(data, path.rstrip("`").lstrip("."))
     cluster = _cluster(data)
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
     if unknown:
@@ -83,10 +88,7 @@ def from_validation(
     if key == "cluster.backend" or (key == "cluster" and cluster not in CLUSTERS):
         shown = place("cluster.backend", groups, overrides)
         return UserError(f"{shown}: there is no backend {cluster}; choose {' or '.join(CLUSTERS)}")
-    if key.startswith("env["):
-        key, value = next((f"env.{name}", item) for name, item in data["env"].items() if type(item) is not str)
-    else:
-        value = _value(data, key)
+    value = _value(data, key)
     expected = text.split(", got ")[0].replace("`", "").replace("Expected", "expected")
     expected = _plain(expected) if text.startswith("Expected") else _choices(key, text)
     shown = place(key.split("[")[0], groups, overrides)
@@ -144,7 +146,10 @@ def place(key: str, groups: Groups, overrides: Sequence[str]) -> str:
 
 def _add(found: dict[str, Any], name: str, kind: Any) -> None:
     found[name] = kind
+    if get_origin(kind) in (list, dict):
+        name, kind = f"{name}[]", get_args(kind)[-1]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        found[name] = kind
         for field in msgspec.structs.fields(kind):
             _add(found, f"{name}.{field.name}", field.type)
 
@@ -173,7 +178,30 @@ def _cluster(data: dict[str, Any]) -> str | None:
     return section.get("backend") if isinstance(section, dict) else None
 
 
+def _named(data: dict[str, Any], key: str) -> str:
+    """``env.A`` for msgspec's ``env[...]``: the first of the section's values that does not fit."""
+    section, found, rest = key.partition("[...]")
+    inside = _value(data, section)
+    kind = get_args(schema_keys().get(section))[-1:]
+    if not found or not isinstance(inside, dict) or not kind:
+        return key
+    for name, item in inside.items():
+        try:
+            msgspec.convert(item, kind[0])
+        except msgspec.ValidationError:
+            return f"{section}[{name}]{rest}" if rest else f"{section}.{name}"
+    return key
+
+
 def _value(data: Any, key: str) -> Any:
+    if data_of := re.fullmatch(r"([\w.]+)\[([^\]]+)\](.*)", key):
+        section, name, rest = data_of.groups()
+        inside = _value(data, section)
+        if isinstance(inside, dict) and name in inside:
+            return _value(inside[name], rest) if rest else inside[name]
+    for prefix in mappings():
+        if key.startswith(f"{prefix}.") and data is not None:
+            return (_value(data, prefix) or {}).get(key[len(prefix) + 1 :])
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(data, dict):
             data = data.get(part)

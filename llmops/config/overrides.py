@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llmops.errors import UserError
 
 _KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_$][\w$-]*([./][\w$][\w$-]*)*(@[\w.]*)?")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENV_ONLY: Mapping[str, bool] = {"env": True}
 
 
 def assign(key: str, value: Any) -> str:
@@ -22,14 +23,20 @@ def assign(key: str, value: Any) -> str:
     return f"{key}={_grammar(value)}"
 
 
-def as_typed(overrides: Sequence[str], text_keys: Collection[str], list_keys: Collection[str] = ()) -> list[str]:
+def as_typed(
+    overrides: Sequence[str],
+    text_keys: Collection[str],
+    list_keys: Collection[str] = (),
+    mappings: Mapping[str, bool] = ENV_ONLY,
+) -> list[str]:
     """Quote the values of keys that hold text or choose an option, and let ``env.NAME=value`` add a variable.
 
     Hydra's grammar reads ``1e3``, ``n[1-3]`` and ``a,b`` as a number, a list and a sweep; in an account, a node list or
     a comment they are just text, and so are the items of ``[--licenses=foo,10]`` in a list. ``null`` and what is quoted
-    already is left alone.
+    already is left alone. ``mappings``: sections whose keys are free, and whether their values are all text; there, all
+    that follows the section is one key, dots and slashes included.
     """
-    return [_as_typed(override, text_keys, list_keys) for override in overrides]
+    return [_as_typed(override, text_keys, list_keys, mappings) for override in overrides]
 
 
 def key_of(override: str) -> str:
@@ -78,23 +85,30 @@ def resolver_calls(text: str) -> list[str]:
     return names
 
 
-def _as_typed(override: str, text_keys: Collection[str], list_keys: Collection[str]) -> str:
+def _as_typed(
+    override: str, text_keys: Collection[str], list_keys: Collection[str], mappings: Mapping[str, bool]
+) -> str:
     name, equals, value = override.partition("=")
     key = name.lstrip("+")
-    is_env = key.startswith("env.")
-    if equals and key == "env":
+    section = next((each for each in mappings if key == each or key.startswith(f"{each}.")), None)
+    if equals and key == section:
         return f"++{key}={value}"  # it has no keys of its own, so Hydra would refuse new ones
     items = re.fullmatch(r"\[([^\[\]{}'\"\\]+)\]", value.strip())
     if items and key in list_keys:
         return f"{name}=[{','.join(_quote(item.strip()) for item in items[1].split(','))}]"
-    if not equals or (key not in text_keys and not is_env):
+    if not equals or (key not in text_keys and section is None):
         return override
-    if is_env:
-        if not ENV_NAME.fullmatch(key[4:]):
+    if section is not None:
+        if not mappings[section]:
+            return f"++{key}={value}"
+        inside = key[len(section) + 1 :]
+        if section == "env" and not ENV_NAME.fullmatch(inside):
             raise UserError(
-                f"{override}: {key[4:]!r} is not the name of an environment variable; use letters, digits, _"
+                f"{override}: {inside!r} is not the name of an environment variable; use letters, digits, _"
             )
         name = f"++{key}"
+        if section != "env":
+            return f"++{section}={{{inside}: {value if _is_value(value) and value else _quote(value)}}}"
     return f"{name}={value if _is_value(value) else _quote(value)}"
 
 

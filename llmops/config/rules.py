@@ -10,8 +10,10 @@ from typing import Any
 
 from llm.utils.config import ConfigError
 from llm.utils.config import check as check_training
+from llmops.config import k8s_rules
 from llmops.config.overrides import ENV_NAME
 from llmops.config.schema import (
+    K8sCluster,
     LocalCluster,
     RunConfig,
     SlurmCluster,
@@ -100,6 +102,8 @@ def check(config: RunConfig) -> None:
             raise UserError(str(error)) from error
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config, config.cluster)
+    elif isinstance(config.cluster, K8sCluster):
+        k8s_rules.check(config, config.cluster)
     else:
         _check_local(config, config.cluster)
 
@@ -134,7 +138,8 @@ def _check_stop(config: RunConfig) -> None:
 def _check_local(config: RunConfig, cluster: LocalCluster) -> None:
     if cluster.nodes != 1:
         raise UserError(
-            f"cluster.nodes={cluster.nodes}: cluster=local is one machine; use cluster.ranks_per_node or cluster=slurm"
+            f"cluster.nodes={cluster.nodes}: cluster=local is one machine; use cluster.ranks_per_node, or "
+            "cluster=slurm or cluster=k8s"
         )
     if not config.command and config.stop.local_grace_s < config.checkpoint.save_seconds:
         raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,7 @@ from llm.utils.config import (
 )
 
 Multiplier = Annotated[int, Meta(ge=1, le=100_000)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class CodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +108,92 @@ class SlurmCluster(
     python: str | None = None
 
 
+class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A volume in every pod. Exactly one of ``pvc`` to ``memory`` says what it is; sizes may be empty for no limit."""
+
+    path: str
+    name: str | None = None
+    pvc: str | None = None
+    host_path: str | None = None
+    config_map: str | None = None
+    secret: str | None = None
+    empty_dir: str | None = None
+    memory: str | None = None
+    read_only: bool = False
+    sub_path: str | None = None
+
+
+MOUNT_SOURCES = ("pvc", "host_path", "config_map", "secret", "empty_dir", "memory")
+
+
+class SecretKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One value inside a Kubernetes Secret."""
+
+    secret: str
+    key: str
+
+
+class SecurityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the container may do. The defaults pass Kubernetes' "restricted" Pod Security Standard."""
+
+    non_root: bool = True
+    run_as_user: NonNegativeInt | None = 65534
+    run_as_group: NonNegativeInt | None = None
+    fs_group: NonNegativeInt | None = None
+    read_only_root: bool = True
+    drop_capabilities: bool = True
+    add_capabilities: list[str] = []
+    no_privilege_escalation: bool = True
+    seccomp: bool = True
+    privileged: bool = False
+
+
+class K8sCluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="backend", tag="k8s"):
+    """One workload of a Kubernetes cluster, with one pod per node. ``None`` leaves a choice to the cluster."""
+
+    nodes: Multiplier = 1
+    ranks_per_node: Multiplier = 1
+    workload: Literal["auto", "job", "jobset", "pytorchjob", "trainjob"] = "auto"
+    context: str | None = None
+    namespace: str | None = None
+    kubeconfig: str | None = None
+    image: str | None = None
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    image_pull_secrets: list[str] = []
+    python: str | None = None
+    work_dir: str | None = None
+    gpus_per_node: NonNegativeInt | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    cpus: str | None = None
+    memory: str | None = None
+    ephemeral_storage: str | None = None
+    resources: dict[str, str] = {}
+    shm: str | None = None
+    mounts: list[Mount] = []
+    secret_env: dict[str, SecretKey] = {}
+    config_env: list[str] = []
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+    affinity: dict[str, Any] = {}
+    topology_spread: list[dict[str, Any]] = []
+    priority_class: str | None = None
+    queue: str | None = None
+    scheduler: str | None = None
+    gang: Literal["none", "volcano", "coscheduling"] = "none"
+    service_account: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    security: SecurityConfig = SecurityConfig()
+    host_network: bool = False
+    metrics_port: Port | None = None
+    grace_s: PositiveInt | None = None
+    wait_s: PositiveInt = 1800
+    active_deadline_s: PositiveInt | None = None
+    ttl_s: NonNegativeInt | None = None
+    patches: dict[str, dict[str, Any]] = {}
+    template: str | None = None
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole run. ``command`` is empty for the built-in trainer."""
 
@@ -118,7 +205,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     code: CodeConfig = CodeConfig()
     retry: RetryConfig = RetryConfig()
     stop: StopConfig = StopConfig()
-    cluster: LocalCluster | SlurmCluster
+    cluster: LocalCluster | SlurmCluster | K8sCluster
     model: ModelConfig
     train: TrainConfig
     dist: DistConfig
@@ -127,12 +214,16 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     checkpoint: CheckpointConfig
 
 
-CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
+CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] = {
+    "local": LocalCluster,
+    "slurm": SlurmCluster,
+    "k8s": K8sCluster,
+}
 
 
-def backend(config: RunConfig) -> Literal["local", "slurm"]:
-    """The name of the backend that ``config.cluster`` is for."""
-    return "slurm" if isinstance(config.cluster, SlurmCluster) else "local"
+def backend(config: RunConfig) -> str:
+    """The name of the backend that ``config.cluster`` is for, one of :data:`CLUSTERS`."""
+    return next(name for name, struct in CLUSTERS.items() if isinstance(config.cluster, struct))
 
 
 def world_size(config: RunConfig) -> int:
@@ -145,6 +236,11 @@ def warning_seconds(config: RunConfig) -> int:
     if isinstance(config.cluster, SlurmCluster) and config.cluster.signal_s is not None:
         return config.cluster.signal_s
     return math.ceil(config.checkpoint.save_seconds) + 90
+
+
+def pod_grace_seconds(cluster: K8sCluster, save_s: float) -> int:
+    """Seconds between the request to a pod to end and its being killed; ``save_s``: ``checkpoint.save_seconds``."""
+    return cluster.grace_s if cluster.grace_s is not None else math.ceil(save_s) + 30
 
 
 def time_limit_seconds(text: str | None) -> int | None:

@@ -68,15 +68,19 @@ class Pods:
                 "LLMOPS_HOST": f"host{node}",
             }
             command = [sys.executable, str(self.agent), "k8s", "--run", str(self.root), "--submission", "0"]
-            with (self.root / f"pod{node}.log").open("ab") as log:
-                self.pods[node] = subprocess.Popen(
-                    command,
-                    env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            self.spawn(node, command, {**environment, "PYTHONUNBUFFERED": "1"})
         return self
+
+    def spawn(self, node: int, command: list[str], environment: dict[str, str]) -> None:
+        """Start the container of a pod."""
+        with (self.root / f"pod{node}.log").open("ab") as log:
+            self.pods[node] = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def delete(self, node: int, number: int = signal.SIGTERM) -> None:
         """What ``kubectl delete pod`` does first; with SIGKILL: what a lost node, or too little memory, does."""

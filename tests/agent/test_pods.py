@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmops.config.compose import load_config
+from llmops.runs.lineage import merged_metrics
+from llmops.runs.model import RunRecord, SubmissionRecord
+from llmops.runs.records import create_run, load_run, write_submission
+from llmops.runs.store import Store
 from tests.agent.pods import Pods, retry
+from tests.launcher.harness import TINY
 
 WORKLOADS = ("job", "jobset", "pytorchjob")
 STOPPED = {"job": 75, "jobset": 75, "pytorchjob": 143}
@@ -78,6 +86,36 @@ def test_a_pod_that_is_killed_is_replaced(pods: Callable[..., Pods], workload: s
     reasons = {"node_failure", "preempted"} if node else {"?"}  # a JobSet stops node 0 in the same moment
     assert made.reasons()[0] in reasons
     assert made.reasons()[1:] == ["finished"]
+
+
+@pytest.mark.parametrize(("workload", "node"), [("job", 0), ("pytorchjob", 1)])
+def test_training_goes_on_bit_by_bit(tmp_path: Path, undisturbed: dict[int, float], workload: str, node: int) -> None:
+    config = load_config(TINY)
+    record = RunRecord(
+        id="x", name="x", owner="me", host="here", created=0, backend="k8s", kind="llm", command=[], nodes=2,
+        ranks_per_node=1,
+    )  # fmt: skip
+    run = create_run(str(tmp_path), record, config.yaml_text.encode())
+    write_submission(run, SubmissionRecord(number=0, tag="x.0.0", backend="k8s", created=0))
+    command = [sys.executable, "-m", "llm.train", "--config", f"{run.url}/config.yaml"]
+    made = Pods(Path(run.url), workload, command=command, kind="llm")
+    try:
+        made.start()
+        made.until(lambda: any(step >= 12 for step in steps(run)), "step 12")
+        made.delete(node)
+        made.until_over()
+    finally:
+        made.close()
+    assert made.state == "succeeded"
+    assert made.reasons() == ["preempted", "finished"]
+    assert {step["step"]: step["loss"] for step in merged_metrics(load_run(run))} == undisturbed
+
+
+def steps(run: Store) -> list[int]:
+    """Steps of attempt 0 so far."""
+    parts = sorted(Path(run.url).glob("metrics/0000/*.jsonl"))
+    lines = [json.loads(line) for part in parts for line in part.read_text().splitlines() if line.endswith("}")]
+    return [line["step"] for line in lines if line["kind"] == "step"]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

@@ -25,6 +25,7 @@ SECTIONS = {
     "checkpoint/default": schema.CheckpointConfig,
     "cluster/local": schema.LocalCluster,
     "cluster/slurm": schema.SlurmCluster,
+    "cluster/k8s": schema.K8sCluster,
     **{f"model/{name}": schema.ModelConfig for name in MODELS},
 }
 
@@ -56,9 +57,12 @@ def test_every_key_is_listed_with_its_default(file: str, struct: type[msgspec.St
     assert list(listed) == list(fields)
     if not file.startswith("model/"):
         for name, field in fields.items():
+            if isinstance(field.default, msgspec.Struct):
+                assert msgspec.convert(listed[name], type(field.default)) == field.default, name
+                assert list(listed[name]) == list(field.default.__struct_fields__), name
             if field.default is not msgspec.NODEFAULT and not isinstance(field.default, msgspec.Struct):
                 default = msgspec.convert(listed[name], type=type(field.default)) if field.default else listed[name]
-                overridden = {("train/default", "warmup_steps"): 100, ("cluster/slurm", "nodes"): 1}
+                overridden = {("train/default", "warmup_steps"): 100}
                 assert default == overridden.get((file, name), field.default), name
 
 
@@ -107,8 +111,10 @@ def test_recipe_tiny() -> None:
     assert config.eval.sample_prompts[0] == "ROMEO:"
 
 
-def test_recipe_tiny_on_slurm_takes_two_nodes() -> None:
-    config = load_config(["cluster=slurm", "recipe=tiny"]).config
+@pytest.mark.parametrize("cluster", [["cluster=slurm"], ["cluster=k8s", "cluster.image=a"]])
+def test_recipe_tiny_on_a_cluster_takes_two_nodes(cluster: list[str]) -> None:
+    config = load_config([*cluster, "recipe=tiny"]).config
+    assert schema.backend(config) == cluster[0].removeprefix("cluster=")
     assert (config.cluster.nodes, config.cluster.ranks_per_node) == (2, 1)
 
 

@@ -10,12 +10,13 @@ import pytest
 Refused = Callable[..., str]
 Own = Callable[..., Path]
 S = "cluster=slurm"
+K = "cluster=k8s"
 
 CASES = [
     # an unknown key, group or option
     (["recipe=tinny"], "override recipe=tinny: group recipe has no tinny.yaml; did you mean tiny? it has none, tiny"),
     (["model=7"], "did you mean 7b?"),
-    (["cluster=k8s"], "it has local, slurm"),
+    (["cluster=lsf"], "it has k8s, local, slurm"),
     (["modle=tiny"], "there is no key modle; did you mean model?"),
     (["train.lrr=1"], "override train.lrr=1: there is no key train.lrr; did you mean train.lr?"),
     (["lr=3"], "did you mean train.lr?"),
@@ -44,7 +45,20 @@ CASES = [
     (["command=[python,'1',2,[3]]"], "command[2]=2 does not fit: expected text"),
     (["env=[a]"], "override env=[a] does not fit"),
     (["env={A:1}"], "env.A=1 does not fit: expected text"),
-    (["cluster.backend=k8s"], "there is no backend k8s; choose local or slurm"),
+    (["cluster.backend=lsf"], "there is no backend lsf; choose local or slurm or k8s"),
+    # values inside sections whose keys are the user's
+    (
+        [K, "cluster.node_selector={a: 1}"],
+        "override cluster.node_selector={a: 1}: cluster.node_selector.a=1 does not fit",
+    ),
+    ([K, "cluster.mounts=[{path: /r, pvcc: x}]"], "there is no key cluster.mounts[0].pvcc; did you mean"),
+    ([K, "cluster.mounts=[{pvc: x}]"], "cluster.mounts[0].path has no value"),
+    ([K, "cluster.secret_env={A: {secret: b}}"], "cluster.secret_env.A.key has no value"),
+    ([K, "cluster.secret_env.A={secret: b, kye: c}"], "there is no key cluster.secret_env.A.kye; did you mean"),
+    ([K, "cluster.patches={Job: 3}"], "cluster.patches.Job=3 does not fit: expected a section of keys"),
+    ([K, "cluster.security.nonroot=false"], "did you mean cluster.security.non_root?"),
+    ([K, "cluster.partition=x"], "belongs to cluster=slurm, this run has cluster=k8s"),
+    ([K, "cluster.workload=pod"], "expected auto or job or jobset or pytorchjob or trainjob"),
     (["train.seed=???"], "train.seed has no value"),
     (["~train.lr"], "train.lr has no value"),
     (["~eval.batches", "~train"], "a run needs this group"),

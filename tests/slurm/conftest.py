@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
 from tests.slurm import cluster
 from tests.slurm.fixtures import proctrack, submit, trackers  # noqa: F401
-
-HERE = Path(__file__).parent
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,11 +25,12 @@ def _tracker(item: pytest.Item) -> str:
     return str(callspec.params.get("proctrack", cluster.PROCTRACK)) if callspec else cluster.PROCTRACK
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.slurm)  # before `-m` chooses
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
     # The cluster changes its tracker once, after everything else.
     items.sort(key=lambda item: _tracker(item) != cluster.PROCTRACK)
 

@@ -45,3 +45,17 @@ def test_the_script_is_readable_and_carries_the_supervisor(remote):
     script = remote.ok("render", "--backend", "slurm", *TINY)
     assert f"--run {remote.url}/" in script
     assert "<<'AGENT'" in script
+
+
+def test_a_run_moves_from_slurm_to_this_machine_and_goes_on_bit_by_bit(remote, undisturbed, tmp_path):
+    run_id = remote.submit(*TINY, f"cluster.log_dir={tmp_path}")
+    remote.wait_step(run_id, 12)
+    remote.ok("cancel", "--graceful", run_id)
+    remote.wait(run_id, "cancelled")
+    refused = remote.call("resume", run_id, "--backend", "nowhere")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    remote.ok("resume", run_id, "--backend", "local", "cluster.ranks_per_node=2")
+    value = remote.wait(run_id, "finished")
+    assert value["backend"] == "local"
+    assert len(value["job_ids"]) == 2
+    assert remote.losses(run_id) == undisturbed
