@@ -154,7 +154,7 @@ def _pod(
         "image_pull_secrets": [{"name": name} for name in cluster.image_pull_secrets] or None,
         "security": _pod_security(cluster),
         "container_security": _container_security(cluster),
-        "command": command,
+        "command": [literal(word) for word in command],
         "env": _environment(cluster, spec),
         "ports": [{"name": "metrics", "containerPort": cluster.metrics_port}] if cluster.metrics_port else None,
         "env_from": [{"configMapRef": {"name": name}} for name in cluster.config_env] or None,

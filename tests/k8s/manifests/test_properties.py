@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmops.backends.k8s import manifests
@@ -220,10 +220,17 @@ def test_what_kubernetes_expands_arrives_as_it_was(text):
     assert expand(manifests.literal(text)) == text
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Shrinking a failure of this one would take minutes.
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 @given(st.sampled_from(WORKLOADS), clusters(), ENV, RUN_ID, TEXT, st.booleans())
 def test_any_run_gives_valid_objects(workload, of, env, run_id, python, shared):
     env = {name: text for name, text in {**env, "A": "$(x) $$ $é $"}.items() if name not in of.secret_env}
+    python += "$(x)"
     job = spec(workload, of, run_id=run_id, env=env, python=python)
     text = manifests.render(of, job, Path("/runs/$(agent) é.pyz") if shared else None)
     found = manifests.load(text)
