@@ -130,6 +130,8 @@ def _status(run: Run, view: JobView | None) -> Status:
 
     if needs_second_look(run, view):
         run = records.load_run(run.store)
+    if view and view.images and run.submissions[-1].image is None:
+        records.write_image(run.store, run.submissions[-1].number, view.images)
     state, reason = derive_state(run, view)
     return Status(run, state, reason, view)
 

@@ -65,3 +65,4 @@ class JobView:
     state: JobState
     reason: str = ""  # in words, for people
     start_time: float | None = None  # epoch seconds, when known
+    images: tuple[str, ...] = ()  # what the tag of its image was resolved to, by digest

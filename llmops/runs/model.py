@@ -114,6 +114,13 @@ class AttemptEnd(msgspec.Struct, frozen=True, kw_only=True):
     detail: str | None = ""
 
 
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """``image.json``: what the image's tag meant when its pods ran, as first seen."""
+
+    digests: list[str]
+    time: float
+
+
 @dataclass(frozen=True)
 class Submission:
     """One hand-over to a scheduler. A resume is a new one."""
@@ -122,6 +129,7 @@ class Submission:
     job: JobRecord | None = None
     failed: Failed | None = None
     intent: Intent | None = None
+    image: Image | None = None
 
     @property
     def number(self) -> int:

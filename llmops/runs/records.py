@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -22,6 +22,7 @@ from llmops.runs.model import (
     AttemptStart,
     Code,
     Failed,
+    Image,
     Intent,
     JobRecord,
     Run,
@@ -131,6 +132,12 @@ def write_intent(store: Store, submission: int, graceful: bool, by: str) -> bool
     return store.create(f"{_submission(submission)}/intent.json", _encode(intent))
 
 
+def write_image(store: Store, submission: int, digests: Sequence[str]) -> bool:
+    """What the image was when somebody first saw it run. False when that was recorded before."""
+    image = Image(digests=list(digests), time=time.time())
+    return store.create(f"{_submission(submission)}/image.json", _encode(image))
+
+
 def _submission(number: int) -> str:
     return f"job/{number:04d}"
 
@@ -186,6 +193,7 @@ class _Reader:
             self.read(f"{folder}/job.json", JobRecord) if "job.json" in names else None,
             self.read(f"{folder}/failed.json", Failed) if "failed.json" in names else None,
             self.read(f"{folder}/intent.json", Intent) if "intent.json" in names else None,
+            self.read(f"{folder}/image.json", Image) if "image.json" in names else None,
         )
 
     def attempt(self, name: str) -> Attempt | None:

@@ -80,7 +80,8 @@ class Cluster(Pods):
         else:
             annotations[INDEX] = str(index)
         status = {"phase": "Running", "podIP": "127.0.0.1", "startTime": now(), "conditions": []}
-        status["containerStatuses"] = [{"name": "node", "ready": True, "state": {"running": {"startedAt": now()}}}]
+        running = {"ready": True, "state": {"running": {"startedAt": now()}}, "imageID": "lab/train@sha256:0123"}
+        status["containerStatuses"] = [{"name": "node", **running}]
         owner = {"uid": self.object()["metadata"]["uid"], "kind": kind, "name": self.name}
         return {
             "apiVersion": "v1",

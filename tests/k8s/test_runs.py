@@ -61,6 +61,7 @@ def test_submitted_watched_disturbed_and_finished(k8s: K8s, submit: Any, tmp_pat
     run = tmp_path / "runs" / run_id
     cluster.start().until(lambda: (run / "started-0-1").exists(), "the ranks of attempt 0")
     assert k8s.status(run_id)["state"] == "running"
+    assert '"lab/train@sha256:0123"' in (run / "job/0000/image.json").read_text()
     cluster.delete(1)
     cluster.until(lambda: (run / "started-1-1").exists(), "the ranks of attempt 1")
     (run / "finish").touch()

@@ -30,7 +30,7 @@ def view(job: JobId, workload: Object | None, pods: Sequence[Object], events: Se
             return JobView(str(job), "completing", f"it is deleted; {_pods(len(alive))} still stopping")
         return JobView(str(job), "gone", "Kubernetes knows no such job")
     state, reason = _state(job, workload, newest, alive, events)
-    return JobView(str(job), state, reason, None if state == "pending" else _start(workload, newest))
+    return JobView(str(job), state, reason, None if state == "pending" else _start(workload, newest), _images(newest))
 
 
 def wants_events(job: JobId, workload: Object | None, pods: Sequence[Object]) -> bool:
@@ -114,6 +114,12 @@ def _failure(ended: Object, newest: Sequence[Object]) -> str:
     told = ": ".join(part for part in (reason, message) if part)
     words = Counter(word for pod in newest if (word := pod_words.trouble(pod)))
     return "; ".join([told, *(f"{count} × {word}" if count > 1 else word for word, count in words.most_common(2))])
+
+
+def _images(pods: Sequence[Object]) -> tuple[str, ...]:
+    """What runs in the pods, by digest: more than one where the tag was moved in between."""
+    statuses = (each for pod in pods for each in pod.get("status", {}).get("containerStatuses") or [])
+    return tuple(sorted({str(each["imageID"]) for each in statuses if each.get("imageID")}))
 
 
 def _conditions(workload: Object) -> dict[str, Object]:
