@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -51,13 +51,14 @@ def seconds_until(timestamp: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def expiring(slurm: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def expiring(slurm: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A job on its way to its time limit, started first because slurmctld takes up to 30 s to notice."""
     folder = tmp_path_factory.mktemp("expiring")
     jobid = cluster.submit(recorder(folder, "scontrol requeue $SLURM_JOB_ID;"), "--nodelist=n4")
     wait_running(jobid)
     cluster.expire(jobid)
-    return jobid, folder
+    yield jobid, folder
+    run(["scancel", jobid], check=False)  # requeued, it would start again while other modules want the cluster
 
 
 # ---- what a batch script sees when its job is stopped ---------------------------------------------------------------
