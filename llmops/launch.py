@@ -69,7 +69,7 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
     if runs.url.startswith("memory://"):
         raise UserError(f"runs_url={url}: no job can reach the memory of this process; give a path or an object store")
     backend.check(config.cluster, f"{runs.url}/run")
-    for secret in config.secrets if backend.name != "k8s" else ():  # there the cluster has their values
+    for secret in () if backend.own_image else config.secrets:  # there the cluster has their values
         if secret not in os.environ:
             raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
     now = time.time()
@@ -93,7 +93,7 @@ def job_spec(
     config = prepared.config
     container = getattr(config.cluster, "container", None)
     # This interpreter's path means nothing inside somebody's image.
-    outside = prepared.backend.name != "k8s" and (container is None or container.runtime == "none")
+    outside = not prepared.backend.own_image and (container is None or container.runtime == "none")
     python = config.cluster.python or (sys.executable if outside else "python3")
     trainer = [python, "-m", "llm.train", "--config", f"{prepared.run_url}/{config_path}"]
     values = {
@@ -104,7 +104,7 @@ def job_spec(
         "save_s": config.checkpoint.save_seconds,
     }
     options = prepared.backend.options(config.cluster, values)
-    if prepared.backend.name != "k8s":  # a pod has the image's folders, and secrets of the cluster's own
+    if not prepared.backend.own_image:
         if config.secrets:
             options["secrets_file"] = str(secrets_file(prepared, submission))
         if archive is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import selectors
 import signal
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llmops.agent.log import log
+from llmops.agent.meeting import Meeting, Member
 from llmops.agent.policy.common import Outcome
 from llmops.agent.signals import SignalPipe
 from llmops.agent.wire import Connection, Message, ProtocolError
@@ -53,18 +54,10 @@ class StopRequest:
 
 
 @dataclass
-class Peer:
+class Peer(Member):
     """A node agent that has joined."""
 
-    node: int
-    host: str
-    connection: Connection
     ended: Message | None = None
-
-
-def log(text: str) -> None:
-    """One line in the job's own log."""
-    print(f"llmops {time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
 class Rendezvous:
@@ -81,7 +74,7 @@ class Rendezvous:
         return {"LLMOPS_RENDEZVOUS": self.address, "LLMOPS_RENDEZVOUS_TOKEN": self.token}
 
 
-class Coordinator:
+class Coordinator(Meeting[Peer]):
     """Runs one attempt.
 
     ``on_signal`` turns a signal's name into a stop request; ``poll`` may ask for one at any time.
@@ -96,14 +89,13 @@ class Coordinator:
         on_signal: Callable[[str], StopRequest | None],
         poll: Callable[[], StopRequest | None],
     ) -> None:
+        super().__init__(rendezvous.server, rendezvous.token)
         self.spec, self.attempt, self.rendezvous = spec, attempt, rendezvous
         self.signals, self.on_signal, self.poll = signals, on_signal, poll
-        self.peers: dict[int, Peer] = {}
         self.stop: StopRequest | None = None
         self.failure: Message | None = None
         self.lost: list[str] = []
         self.started = False
-        self.selector = selectors.DefaultSelector()
         self.selector.register(rendezvous.server, selectors.EVENT_READ, "join")
         self.selector.register(signals, selectors.EVENT_READ, "signals")
         self.late = selectors.DefaultSelector()
@@ -115,7 +107,7 @@ class Coordinator:
         try:
             outcome = self._serve(process)
         finally:
-            for peer in self.peers.values():
+            for peer in self.members.values():
                 peer.connection.send({"type": "bye"})
             self._leave(process)
             for key in list(self.selector.get_map().values()):
@@ -132,27 +124,27 @@ class Coordinator:
         while True:
             for key, _ in self.selector.select(TICK_S):
                 if key.data == "join":
-                    self._accept()
+                    self.accept()
                 elif key.data == "signals":
                     for number in self.signals.read():
                         if number not in (signal.SIGCHLD, signal.SIGCONT):
                             self._ask(self.on_signal(number.name))
                 else:
-                    self._receive(key.data)
+                    self.receive(key.data)
             self._ask(self.poll())
-            if not self.started and len(self.peers) == nodes and not self.stop:
+            if not self.started and len(self.members) == nodes and not self.stop:
                 self._start()
             if (
-                self.peers
-                and all(peer.ended for peer in self.peers.values())
-                and (len(self.peers) == nodes or self.stop)
+                self.members
+                and all(peer.ended for peer in self.members.values())
+                and (len(self.members) == nodes or self.stop)
             ):
                 return self._outcome()
             if not self.started and self.stop:
                 return self._outcome()
             gone = process.poll() is not None
             if (gone and not self._pending_data()) or (not self.started and time.monotonic() > join_by):
-                missing = sorted(set(range(nodes)) - {node for node, peer in self.peers.items()})
+                missing = sorted(set(range(nodes)) - {node for node, peer in self.members.items()})
                 if missing:
                     self.lost.append(
                         f"node agents {missing} of {nodes} never came: "
@@ -170,45 +162,12 @@ class Coordinator:
         """Whether an agent's last words are still to be read."""
         return bool(self.selector.select(0))
 
-    def _accept(self) -> None:
-        try:
-            sock, _ = self.rendezvous.server.accept()
-        except BlockingIOError:
-            return
-        connection = Connection(sock)
-        self.selector.register(connection, selectors.EVENT_READ, connection)
-
-    def _receive(self, source: Any) -> None:
-        connection: Connection = source.connection if isinstance(source, Peer) else source
-        descriptor = connection.fileno()
-        try:
-            messages = connection.receive()
-            for message in messages or []:
-                if isinstance(source, Peer):
-                    self._on_message(source, message)
-                else:
-                    source = self._join(connection, message)
-        except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            log(f"a connection spoke out of turn and was closed: {error}")
-            messages = None
-            connection.close()
-        if messages is None:
-            self.selector.unregister(descriptor)
-            if isinstance(source, Peer) and not source.ended:
-                self._on_lost(source)
-
-    def _join(self, connection: Connection, message: Message) -> Peer:
-        if not hmac.compare_digest(str(message.get("token", "")), self.rendezvous.token):
-            raise ProtocolError("wrong token")
-        node = int(message["node"])
-        if node in self.peers or not 0 <= node < self.spec["nodes"]:
+    def join(self, node: int, connection: Connection, message: Message) -> Peer:
+        if node in self.members or not 0 <= node < self.spec["nodes"]:
             raise ProtocolError(f"node {node} is not expected")
-        peer = Peer(node, str(message["host"]), connection)
-        self.peers[node] = peer
         if node == 0:
             self.master = (str(message["address"]), int(message["port"]))
-        self.selector.modify(connection, selectors.EVENT_READ, peer)
-        return peer
+        return Peer(node, str(message["host"]), connection)
 
     def _start(self) -> None:
         self.started = True
@@ -220,10 +179,10 @@ class Coordinator:
             "master_addr": address,
             "master_port": port,
         }
-        for peer in self.peers.values():
+        for peer in self.members.values():
             peer.connection.send(message)
 
-    def _on_message(self, peer: Peer, message: Message) -> None:
+    def heard(self, peer: Peer, message: Message) -> None:
         kind = message["type"]
         if kind == "signal":
             self._ask(self.on_signal(message["signal"]))
@@ -236,7 +195,9 @@ class Coordinator:
         elif kind == "ended":
             peer.ended = message
 
-    def _on_lost(self, peer: Peer) -> None:
+    def gone(self, peer: Peer) -> None:
+        if peer.ended:
+            return
         self.lost.append(f"the node agent on {peer.host} is gone")
         log(self.lost[-1])
         peer.ended = {"exit_codes": {}, "first_step": None, "last_step": None, "saved": False, "host": peer.host}
@@ -260,12 +221,12 @@ class Coordinator:
             self._broadcast({"type": "stop", "cause": self.stop.cause, "seconds": left})
 
     def _broadcast(self, message: Message) -> None:
-        for peer in self.peers.values():
+        for peer in self.members.values():
             if not peer.connection.closed:
                 peer.connection.send(message)
 
     def _outcome(self) -> Outcome:
-        ends = [peer.ended for peer in self.peers.values() if peer.ended]
+        ends = [peer.ended for peer in self.members.values() if peer.ended]
         codes = {rank: code for end in ends for rank, code in end["exit_codes"].items()}
         firsts = [end["first_step"] for end in ends if end["first_step"] is not None]
         lasts = [end["last_step"] for end in ends if end["last_step"] is not None]
@@ -278,7 +239,7 @@ class Coordinator:
             error, rank, host = self.failure["error"], self.failure["rank"], self.failure["host"]
         elif self.lost and not self.stop:
             kind, error = "lost", "; ".join(self.lost)
-            host = next((peer.host for peer in self.peers.values() if (peer.ended or {}).get("host")), None)
+            host = next((peer.host for peer in self.members.values() if (peer.ended or {}).get("host")), None)
         elif self.stop:
             kind = "stopped"
         return Outcome(

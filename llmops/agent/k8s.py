@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmops.agent.coordinator import StopRequest, log
+from llmops.agent.coordinator import StopRequest
 from llmops.agent.lobby import Fleet, Lobby
+from llmops.agent.log import log
 from llmops.agent.pod import STOP_MARGIN_S, TELL_S, Follower, Over, Place, over, reap_orphans, start_agent
 from llmops.agent.policy.common import Decision, Outcome, after_failure
 from llmops.agent.policy.k8s import codes, decide
@@ -49,7 +50,7 @@ class PodSupervisor(Supervisor):
             stop = super().poll() or next(filter(None, (on_signal(each.name) for each in _stops(signals))), None)
             if stop is not None:
                 return stop
-        self.hosts = [self.place.host, *(self.lobby.guests[node].host for node in range(1, self.spec["nodes"]))]
+        self.hosts = [self.place.host, *(self.lobby.members[node].host for node in range(1, self.spec["nodes"]))]
         return None
 
     def launch(self, environment: dict[str, str]) -> Fleet:

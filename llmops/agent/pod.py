@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmops.agent import carry
-from llmops.agent.coordinator import log
-from llmops.agent.lobby import folder
+from llmops.agent.lobby import HERE_S, folder
+from llmops.agent.log import log
 from llmops.agent.policy.k8s import Codes
 from llmops.agent.rundir import RunDir
 from llmops.agent.signals import SignalPipe
@@ -21,6 +21,7 @@ from llmops.agent.wire import Connection, Message, ProtocolError
 
 CONNECT_S = 5.0
 LOOK_S, LOOK_MAX_S = 0.5, 5.0  # between looks for a newer record of node 0
+SILENT_S = 3 * HERE_S  # of node 0, before a look whether another pod has its place
 TELL_S = 30.0  # between lines that say what is waited for
 STOP_MARGIN_S = 5.0  # of the time that a pod has, for the way out
 END_S = 20.0  # for a node agent to end once its coordinator is gone
@@ -80,8 +81,8 @@ class Follower:
         self.signals, self.exits = signals, exits
         self.agent: subprocess.Popen[bytes] | None = None
         self.leave_by: float | None = None  # on the monotonic clock, once this pod was told to go
-        self.tried = -1  # the newest record under which nobody let us in
         self.wait_s = float(spec["options"]["wait_s"])
+        self.joined = ""  # the record of node 0's pod that this one has joined
 
     def run(self) -> int:
         """Stay until the job is over or this pod has to go; returns its exit code."""
@@ -99,9 +100,10 @@ class Follower:
         while self.leave_by is None:
             if (code := over(self.rundir, self.submission)) is not None:
                 raise Over(code)
-            names = [name for name in self.rundir.list(folder(self.submission)) if name.endswith(".json")]
-            record = self.rundir.get(f"{folder(self.submission)}/{names[-1]}") if names else None
+            newest = self._newest()
+            record = self.rundir.get(f"{folder(self.submission)}/{newest}") if newest else None
             if record is not None and (connection := self._join(record)) is not None:
+                self.joined = newest
                 return connection
             now = time.monotonic()
             if now - began > self.wait_s:
@@ -115,6 +117,10 @@ class Follower:
             pause = min(1.5 * pause, LOOK_MAX_S)
         return None
 
+    def _newest(self) -> str:
+        """The newest record of a pod of node 0; empty when there is none."""
+        return max((name for name in self.rundir.list(folder(self.submission)) if name.endswith(".json")), default="")
+
     def _join(self, record: dict[str, Any]) -> Connection | None:
         host, port = str(record["address"]).rsplit(":", 1)
         try:
@@ -122,7 +128,7 @@ class Follower:
         except OSError:  # its pod is gone, or about to come; said above, while it lasts
             return None
         place = self.place
-        message = {"type": "join", "token": record["token"], "node": place.node, "host": place.host, "pod": place.pod}
+        message = {"type": "join", "token": record["token"], "node": place.node, "host": place.host}
         connection.send(message)
         return connection
 
@@ -146,10 +152,17 @@ class Follower:
 
     def _serve(self, connection: Connection) -> int | None:
         """Until node 0 lets this pod go, or is lost: then None."""
+        look = time.monotonic() + SILENT_S
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
             selector.register(self.signals, selectors.EVENT_READ)
             while True:
+                if time.monotonic() > look:
+                    # The host of a pod that was given up may be cut off or stopped: the connection does not tell.
+                    if self._newest() != self.joined:
+                        connection.close()
+                        return None if self.leave_by is None else self.exits.stopped
+                    look = time.monotonic() + SILENT_S
                 if self.leave_by is not None and (self.agent is None or time.monotonic() > self.leave_by):
                     connection.close()
                     return self.exits.stopped
@@ -162,6 +175,7 @@ class Follower:
                     except ProtocolError as error:
                         log(f"node 0 spoke out of turn: {error}")
                         messages = None
+                    look = time.monotonic() + SILENT_S
                     if messages is None:
                         return None if self.leave_by is None else self.exits.stopped
                     for message in messages:

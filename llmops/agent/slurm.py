@@ -12,7 +12,8 @@ import uuid
 from typing import Any
 
 from llmops.agent import carry, scontrol
-from llmops.agent.coordinator import StopRequest, log
+from llmops.agent.coordinator import StopRequest
+from llmops.agent.log import log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.policy.slurm import decide, stop_deadline
 from llmops.agent.rundir import RunDir

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llmops.agent import attempts
-from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest, log
+from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest
+from llmops.agent.log import log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.rundir import RunDir, StoreError
 from llmops.agent.signals import SignalPipe

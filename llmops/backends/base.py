@@ -41,6 +41,7 @@ class Backend(Protocol):
 
     name: str
     text_name: str  # the file in the run directory that keeps what was submitted
+    own_image: bool  # jobs run in an image: this machine's interpreter, folders and secrets mean nothing there
 
     def check(self, cluster: Any, run_url: str) -> None:
         """Refuse, before anything is written, what the scheduler would refuse or leave pending for ever."""

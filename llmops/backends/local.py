@@ -29,6 +29,7 @@ class LocalBackend:
 
     name = "local"
     text_name = "command.txt"
+    own_image = False
 
     def check(self, cluster: Any, run_url: str) -> None:
         """One node there is, and a Python to start the ranks with."""

@@ -80,6 +80,7 @@ class SlurmBackend:
 
     name = "slurm"
     text_name = "sbatch.sh"
+    own_image = False
 
     def check(self, cluster: SlurmCluster, run_url: str) -> None:
         """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""

@@ -50,4 +50,4 @@ def decide(
     decision = after_failure(outcome, history, retry)
     if decision.action == "exit":
         return Decision("exit", decision.reason, exits.give_up, detail=decision.detail)
-    return Decision("requeue", decision.reason, exits.stopped, detail=detail) if leaving else decision
+    return Decision("requeue", decision.reason, exits.stopped, detail="its pod has to go") if leaving else decision

@@ -27,6 +27,7 @@ class K8sBackend:
 
     name = "k8s"
     text_name = "manifest.yaml"
+    own_image = True
 
     def check(self, cluster: K8sCluster, run_url: str) -> None:
         """Refuse what no pod could reach. The rest is the API server's to say, in the dry run."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops import agent_zip
+from llmops.backends.k8s.resources import WORKLOADS
 from llmops.config.schema import K8sCluster, Mount, pod_grace_seconds
 from llmops.errors import UserError
 from llmops.job import JobSpec
@@ -20,7 +21,6 @@ from llmops.render import render_template
 RESTARTS = 1000  # the controllers' own bound; the run's is in the run store
 NAME_CHARS = 30  # of an object's name before its 8 hex digits: controllers add to it, and 63 is the limit
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-KINDS = {"job": "Job", "jobset": "JobSet", "pytorchjob": "PyTorchJob", "trainjob": "TrainJob"}
 SCHEDULERS = {"volcano": "volcano", "coscheduling": "scheduler-plugins-scheduler"}
 POD_GROUPS = {"volcano": "scheduling.volcano.sh/v1beta1", "coscheduling": "scheduling.x-k8s.io/v1alpha1"}
 # What some YAML parser or other reads as no text when it is not quoted.
@@ -85,7 +85,7 @@ def render(cluster: K8sCluster, spec: JobSpec, agent: Path | None) -> str:
     text = render_template(f"{workload}.yaml.j2", cluster.template, values)
     source = cluster.template or f"{workload}.yaml.j2"
     objects = [_merge(item, cluster.patches.get(item["kind"], {})) for item in _parse(text, source)]
-    _check(objects, KINDS[workload], values, source, cluster)
+    _check(objects, WORKLOADS[workload].kind, values, source, cluster)
     return dump(objects)
 
 

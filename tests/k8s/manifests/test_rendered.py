@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmops import api
-from llmops.backends.k8s import manifests
+from llmops.backends.k8s import manifests, resources
 from llmops.errors import UserError
 from llmops.launch import dry_run
 from tests.k8s.manifests.build import WORKLOADS, at, objects, pods, text
@@ -210,7 +210,7 @@ def test_deadlines_queues_and_labels_of_the_workloads():
     found["trainjob"] = objects("trainjob", **{**values, "ttl_s": None})
     for workload, items in found.items():
         assert [problem for item in items.values() for problem in problems(item)] == []
-        metadata = items[manifests.KINDS[workload]]["metadata"]
+        metadata = items[resources.WORKLOADS[workload].kind]["metadata"]
         assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "q"
         for described in (metadata, pods(items)[0]["metadata"]):
             assert described["labels"]["team"] == "x"
