@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import zipfile
@@ -11,6 +12,7 @@ _MAIN = "import sys\nfrom llmops.agent.__main__ import main\nsys.exit(main(sys.a
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
+@functools.cache
 def build() -> tuple[str, bytes]:
     """Return ``(<digest>.pyz, content)``. The same sources always give the same bytes."""
     package = Path(__file__).parent / "agent"

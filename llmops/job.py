@@ -29,6 +29,15 @@ class StopPolicy:
 
 
 @dataclass(frozen=True)
+class Array:
+    """A job of many elements that run alike, each of which is one trial of the study at ``run_url``."""
+
+    trials: list[list[int]]  # spans of the trials' numbers; an element's index counts them in this order
+    size: int
+    parallel: int | None  # elements at a time; None leaves it to the backend
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """Everything that the supervisor needs. Written to ``job/NNNN/spec.json``; holds no secret, only their names."""
 
@@ -51,6 +60,8 @@ class JobSpec:
     stop: StopPolicy
     format: int = 1
     options: dict[str, Any] = field(default_factory=dict)  # of the backend
+    array: Array | None = None  # then this is no run's, but what the runs of a study have in common
+    study: dict[str, Any] | None = None  # of a run that is a trial: url, trial, submission
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; the supervisor reads it back without this class."""

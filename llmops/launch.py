@@ -11,6 +11,7 @@ import os
 import secrets as random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from llmops.config.compose import Composed
 from llmops.config.schema import RunConfig, warning_seconds
 from llmops.config.schema import backend as backend_of
 from llmops.errors import ClusterError, UserError
-from llmops.job import JobSpec, RetryPolicy, StopPolicy
+from llmops.job import Array, JobSpec, RetryPolicy, StopPolicy
 from llmops.runs import records
 from llmops.runs.store import PosixStore, Store, default_runs_url, open_store
 
@@ -49,7 +50,7 @@ class Prepared:
     @property
     def run_url(self) -> str:
         """The run's directory: an absolute path or a URL."""
-        return f"{self.runs.url}/{self.run_id}"
+        return f"{self.runs.url}/{records.path_of(self.run_id)}"
 
 
 def prepare(composed: Composed, runs_url: str | None) -> Prepared:
@@ -86,10 +87,19 @@ def check_name(name: str) -> str:
     return name
 
 
-def job_spec(
-    prepared: Prepared, submission: int, tag: str, config_path: str, archive: str | None, work_dir: str | None = None
-) -> JobSpec:
-    """What the supervisor will run. ``work_dir``: where it runs without an archive; by default the current folder."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a submission's code is, and what it belongs to."""
+
+    archive: str | None = None  # of the code snapshot
+    work_dir: str | None = None  # where the program runs without an archive; by default the current folder
+    trials: Sequence[int] = ()  # of a study, which this submission is an array of
+    parallel: int | None = None  # of these at a time
+    study: dict[str, Any] | None = None  # whose trial this run is
+
+
+def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, origin: Origin) -> JobSpec:
+    """What the supervisor will run."""
     config = prepared.config
     container = getattr(config.cluster, "container", None)
     # This interpreter's path means nothing inside somebody's image.
@@ -102,13 +112,14 @@ def job_spec(
         "tag": tag,
         "warning_s": warning_seconds(config),
         "save_s": config.checkpoint.save_seconds,
+        "trials": len(origin.trials),
     }
     options = prepared.backend.options(config.cluster, values)
     if not prepared.backend.own_image:
         if config.secrets:
             options["secrets_file"] = str(secrets_file(prepared, submission))
-        if archive is None:
-            options["work_dir"] = work_dir or str(Path.cwd())
+        if origin.archive is None:
+            options["work_dir"] = origin.work_dir or str(Path.cwd())
     return JobSpec(
         run_id=prepared.run_id,
         name=prepared.name,
@@ -124,7 +135,7 @@ def job_spec(
         env=dict(config.env),
         secrets=list(config.secrets),
         threads_per_rank=config.train.threads_per_rank,
-        code_archive=archive,
+        code_archive=origin.archive,
         retry=RetryPolicy(
             max_no_progress=config.retry.max_no_progress,
             max_failures=config.retry.max_failures,
@@ -138,6 +149,8 @@ def job_spec(
             hang_s=config.stop.hang_s,
         ),
         options=options,
+        array=Array(records.pack(origin.trials), len(origin.trials), origin.parallel) if origin.trials else None,
+        study=origin.study,
     )
 
 
@@ -151,7 +164,7 @@ def secrets_file(prepared: Prepared, submission: int) -> Path:
     """Where the values of secrets are: beside the submission, or in the user's home where the store is no folder."""
     folder = prepared.runs.local_path
     if folder is not None:
-        return folder / prepared.run_id / "job" / f"{submission:04d}" / "secrets.json"
+        return folder / records.path_of(prepared.run_id) / "job" / f"{submission:04d}" / "secrets.json"
     import platformdirs
 
     home = Path(platformdirs.user_data_dir("llmops", appauthor=False))
@@ -165,24 +178,30 @@ def new_tag(run_id: str, submission: int) -> str:
 
 def dry_run(prepared: Prepared) -> str:
     """Exactly what would be submitted, but for the random parts of its names."""
-    archive = f"{prepared.runs.url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None
-    spec = job_spec(prepared, 0, new_tag(prepared.run_id, 0), "config.yaml", archive)
+    spec = job_spec(prepared, 0, new_tag(prepared.run_id, 0), "config.yaml", dry_origin(prepared))
     return prepared.backend.render(prepared.config.cluster, spec, agent_path(prepared))
+
+
+def dry_origin(prepared: Prepared) -> Origin:
+    """Of a submission whose snapshot is not taken."""
+    return Origin(f"{prepared.runs.url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None)
+
+
+def snapshot(prepared: Prepared) -> tuple[records.Code | None, str | None]:
+    """Store the code that the run will use; what to record of it, and where it is. None where it is switched off."""
+    config = prepared.config.code
+    if not config.enabled:
+        return None, None
+    from llmops import code
+
+    taken = code.snapshot(Path(config.root) if config.root else None, prepared.runs.url, config.max_mb, config.exclude)
+    return records.Code(taken.sha256, taken.git_commit, taken.dirty), str(taken.archive)
 
 
 def start(prepared: Prepared) -> Store:
     """Write the run and submit its first job. Returns the run's store."""
     config = prepared.config
-    snapshot = None
-    if config.code.enabled:
-        from llmops import code
-
-        snapshot = code.snapshot(
-            Path(config.code.root) if config.code.root else None,
-            prepared.runs.url,
-            config.code.max_mb,
-            config.code.exclude,
-        )
+    code, archive = snapshot(prepared)
     record = records.RunRecord(
         id=prepared.run_id,
         name=prepared.name,
@@ -195,17 +214,15 @@ def start(prepared: Prepared) -> Store:
         nodes=config.cluster.nodes,
         ranks_per_node=config.cluster.ranks_per_node,
         max_steps=None if config.command else config.train.max_steps,
-        code=records.Code(snapshot.sha256, snapshot.git_commit, snapshot.dirty) if snapshot else None,
+        code=code,
         version=__version__,
     )
     run = records.create_run(prepared.runs.url, record, prepared.composed.yaml_text.encode())
-    submit(prepared, run, 0, "config.yaml", str(snapshot.archive) if snapshot else None)
+    submit(prepared, run, 0, "config.yaml", Origin(archive))
     return run
 
 
-def submit(
-    prepared: Prepared, run: Store, number: int, config_path: str, archive: str | None, work_dir: str | None = None
-) -> None:
+def submit(prepared: Prepared, run: Store, number: int, config_path: str, origin: Origin) -> None:
     """Record submission ``number`` and hand it to the scheduler.
 
     Raises :class:`UserError` when the scheduler refused it, and :class:`ClusterError` when it is not known whether it
@@ -213,9 +230,14 @@ def submit(
     """
     tag = new_tag(prepared.run_id, number)
     record = records.SubmissionRecord(
-        number=number, tag=tag, backend=prepared.backend.name, created=time.time(), config=config_path
+        number=number,
+        tag=tag,
+        backend=prepared.backend.name,
+        created=time.time(),
+        config=config_path,
+        trials=records.pack(origin.trials),
     )
-    spec = job_spec(prepared, number, tag, config_path, archive, work_dir)
+    spec = job_spec(prepared, number, tag, config_path, origin)
     agent = agent_path(prepared)
     text = prepared.backend.render(prepared.config.cluster, spec, agent)
     if agent is not None and not prepared.runs.exists(f"agent/{agent.name}"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.errors import UserError
 from llmops.resources import templates_dir
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def sbatch_value(value: object) -> str:
@@ -50,14 +54,11 @@ def json_value(value: object) -> str:
     )
 
 
-def render_template(name: str, override: str | None, values: Mapping[str, Any]) -> str:
-    """Fill the template ``name``, or the user's own at ``override``, which may include those that are shipped.
-
-    A name that the template does not know is an error.
-    """
+@functools.lru_cache(maxsize=16)
+def _compiled(path: Path, text: str) -> jinja2.Template:
+    """Compiled once: a study is rendered to be checked, and once more to be submitted."""
     import jinja2
 
-    path = Path(override).expanduser() if override else templates_dir() / name
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([path.parent, templates_dir()]),
         undefined=jinja2.StrictUndefined,
@@ -69,8 +70,19 @@ def render_template(name: str, override: str | None, values: Mapping[str, Any]) 
     environment.filters["shell"] = lambda value: shlex.quote(str(value))
     environment.filters["sbatch"] = sbatch_value
     environment.filters["json"] = json_value
+    return environment.from_string(text)
+
+
+def render_template(name: str, override: str | None, values: Mapping[str, Any]) -> str:
+    """Fill the template ``name``, or the user's own at ``override``, which may include those that are shipped.
+
+    A name that the template does not know is an error.
+    """
+    import jinja2
+
+    path = Path(override).expanduser() if override else templates_dir() / name
     try:
-        return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+        return _compiled(path, path.read_text(encoding="utf-8")).render(values)
     except OSError as error:
         raise UserError(f"cluster.template={override}: cannot be read ({error.strerror}); correct the path") from error
     except jinja2.TemplateError as error:

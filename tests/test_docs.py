@@ -21,6 +21,8 @@ SHOWN = {
     "programs.md": ["rank 0 of 2", "rank 1 of 2", "done at 300"],
     "configuration.md": ["no key train.learning_rate", "model.n_heads=3", "exit code 2"],
     "checkpoints.md": ["latest", " ok ", "state.step: 10 -> 20", "no rule keeps it", "removed step_00000010/0000-0000"],
+    "sweeps.md": ["4 trials", "pool --study", "first-sweep/3", "train.lr=", "nothing was submitted", "wrote /tmp"],
+    "hydra.md": ["held-out loss", "point 3"],
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],

@@ -1,11 +1,21 @@
 """``python -m llm.train --config PATH_OR_URL [--run-url URL]``: one rank of a training run.
 
+Without these options, ``python -m llm.train [--multirun] key=value ...`` is a Hydra application: see ``hydra_main``.
+
 Exit code 0 when done, 75 when stopped on request with the state saved, 2 for a config that cannot work, 1 otherwise.
 """
 
+import sys
 import time
 
 STARTED = time.time()  # the accounts of a run begin here
+
+_OWN = ("--config", "--run-url", "-h", "--help")
+if __name__ == "__main__" and not any(argument.partition("=")[0] in _OWN for argument in sys.argv[1:]):
+    from llm.train.hydra_main import main as hydra_main
+
+    hydra_main()  # before signals are settled: here they are the launcher's
+    sys.exit()
 
 from llm.train.control import settle_signals  # noqa: E402
 
@@ -13,7 +23,6 @@ settle_signals()  # before anything slow: a signal during the imports must not k
 
 import argparse  # noqa: E402
 import os  # noqa: E402
-import sys  # noqa: E402
 
 from llm.train.control import Control  # noqa: E402
 from llm.utils.config import ConfigError, TrainingConfig, check, load  # noqa: E402
@@ -21,7 +30,11 @@ from llm.utils.config import ConfigError, TrainingConfig, check, load  # noqa: E
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m llm.train", description="One rank of a training run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.train",
+        description="One rank of a training run.",
+        epilog="Without these options: Hydra's way, [--multirun] key=value ...; --hydra-help says more.",
+    )
     parser.add_argument("--config", required=True, help="YAML file: a path or an fsspec URL")
     parser.add_argument(
         "--run-url", default=os.environ.get("LLMOPS_RUN_URL"), help="run directory (default: $LLMOPS_RUN_URL)"

@@ -130,9 +130,13 @@ def cut_wait(ref: str, delay_s: int, patience_s: float = 15.0) -> bool:
         time.sleep(0.2)
 
 
-def submit_successor(script: str, tag: str, after: str, submission: int) -> str | None:
-    """Queue ``script`` again as a new job behind this one; its job id, or None when the controller refused."""
+def submit_successor(script: str, tag: str, after: str, submission: int, index: str | None = None) -> str | None:
+    """Queue ``script`` again as a new job behind this one; its job id, or None when the controller refused.
+
+    ``index``: of the one element that the new job has, where the script is an array's.
+    """
     inside = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SBATCH_"))]
     command = ["env", *(f"--unset={name}" for name in inside), "sbatch", "--parsable", f"--job-name={tag}"]
+    command += [f"--array={index}"] if index is not None else []
     code, text = call(*command, f"--dependency=afterany:{after}", script, str(submission))
     return text.splitlines()[-1].split(";")[0] if code == 0 and text else None

@@ -32,3 +32,9 @@ class SignalPipe:
         except BlockingIOError:
             return []
         return [signal.Signals(number) for number in data]
+
+
+def be_deaf() -> None:
+    """Ignore stop signals, in a process that its parent tells when to end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -111,14 +111,21 @@ class SlurmSupervisor(Supervisor):
             log("somebody resumed the run already")
             return 0
         self.rundir.create(f"{folder}/spec.json", spec)
-        with self.rundir.local_copy(f"job/{script_of:04d}/sbatch.sh") as script:
-            job_id = scontrol.submit_successor(script, tag, self.ref, number)
+        script, argument, index = f"job/{script_of:04d}/sbatch.sh", number, None
+        study = self.spec.get("study")
+        if study is not None and "study_submission" in before and before["study_submission"] is not None:
+            # An element of a study's array: the script is the study's, and the new job an array of this one element.
+            argument, index = int(before["study_submission"]), os.environ["SLURM_ARRAY_TASK_ID"]
+            script = f"{study['url'].rstrip('/')}/job/{argument:04d}/sbatch.sh"
+        with self.rundir.local_copy(script) as path:
+            job_id = scontrol.submit_successor(path, tag, self.ref, argument, index)
         if job_id is None:
             self.rundir.create(
                 f"{folder}/failed.json", {"error": "the controller refused a successor", "time": time.time()}
             )
             log("the controller refused a successor: run `llmops resume` to go on")
             return 1
+        job_id = job_id if index is None else f"{job_id}_{index}"
         self.rundir.create(f"{folder}/job.json", {"job_id": job_id, "by": "job", "time": time.time()})
         log(f"successor {job_id} queued")
         return 0

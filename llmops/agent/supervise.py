@@ -10,6 +10,7 @@ from typing import Any
 
 from llmops.agent import attempts
 from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest
+from llmops.agent.follower import Follower
 from llmops.agent.log import log
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.rundir import RunDir, StoreError
@@ -100,19 +101,35 @@ class Supervisor:
     ) -> int:
         """Run attempts until ``decide`` wants something else than another one here; then ``act`` on it."""
         rendezvous = Rendezvous(self.address)
+        follower: Follower | None = None
+
+        def leave(decision: Decision) -> int:
+            if follower is not None:
+                if decision.action == "exit":
+                    follower.finish()
+                else:
+                    follower.abandon()
+            return act(decision)
+
         while True:
             refusal = self.may_run()
             if refusal:
                 log(f"nothing to do: {refusal}")
+                if follower is not None:
+                    follower.finish()
                 return self.refusal_code
+            if follower is None and self.spec.get("study"):
+                follower = Follower(self.rundir, self.submission, self.spec)
             if (stop := self.gather(signals, on_signal)) is not None:
                 decision = decide(Outcome("stopped", stop=stop.record()))
                 log(f"stopped before the attempt: {decision.detail or decision.reason}; next: {decision.action}")
-                return act(decision)
+                return leave(decision)
             try:
                 record = attempts.claim(self.rundir, self.submission, self.job_id, self.restart, self.hosts)
             except attempts.Superseded as error:
                 log(f"nothing to do: {error}")
+                if follower is not None:
+                    follower.abandon()
                 return self.superseded_code
             number = record["number"]
             log(f"attempt {number} on {','.join(self.hosts)}, from {record['resume_from'] or 'scratch'}")
@@ -128,7 +145,7 @@ class Supervisor:
                 decision = decide(Outcome("stopped", stop=stop.record()))
                 log(f"stopped while waiting for the next attempt: {decision.reason}; next: {decision.action}")
             if decision.action != "again":
-                return act(decision)
+                return leave(decision)
 
     def history(self) -> attempts.History:
         """The failures so far. The attempt that just ended is included: without an end record it counts as failed."""

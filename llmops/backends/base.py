@@ -36,6 +36,14 @@ class Look:
     found: dict[str, str]
 
 
+@dataclass(frozen=True)
+class ArrayLimits:
+    """How many elements an array may have, and how many jobs the cluster holds; None for no limit."""
+
+    elements: int | None = None
+    jobs: int | None = None
+
+
 class Backend(Protocol):
     """Where jobs run."""
 
@@ -60,6 +68,15 @@ class Backend(Protocol):
 
     def find(self, tag: str) -> str | None:
         """The job that carries this tag. Raises :class:`ClusterError` when the scheduler does not answer."""
+
+    def array_limits(self, cluster: Any, parallel: int | None) -> ArrayLimits:
+        """Of this cluster, as it is now. ``parallel``: elements at a time that were asked for.
+
+        Raises :class:`UserError` for what no array can be there, and :class:`ClusterError` when it does not answer.
+        """
+
+    def element(self, job_id: str, index: int) -> str:
+        """The job id of one element of an array, for :meth:`look` and :meth:`cancel`."""
 
     def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
         """Ask for the jobs to end; their intent is recorded already."""

@@ -17,7 +17,7 @@ from llmops import agent_zip
 from llmops.agent import carry
 from llmops.agent.local import start_ticks
 from llmops.agent.rundir import is_url
-from llmops.backends.base import Look, Rejected, Submission
+from llmops.backends.base import ArrayLimits, Look, Rejected, Submission
 from llmops.errors import UserError
 from llmops.job import JobSpec, JobView
 
@@ -48,7 +48,8 @@ class LocalBackend:
 
     def _command(self, spec: JobSpec, agent: Path | None) -> list[str]:
         program = [str(agent)] if agent else ["-c", carry.BOOTSTRAP]
-        return [spec.python, *program, "local", "--run", spec.run_url, "--submission", str(spec.submission)]
+        what = ["pool", "--study"] if spec.array else ["local", "--run"]
+        return [spec.python, *program, *what, spec.run_url, "--submission", str(spec.submission)]
 
     def submit(self, submission: Submission) -> str:
         """Start the supervisor in a session of its own."""
@@ -98,6 +99,14 @@ class LocalBackend:
         if host != socket.gethostname():
             return JobView(job_id, "unreachable", f"it runs on {host}; ask there")
         return JobView(job_id, "running") if pid else JobView(job_id, "gone", "its supervisor is no longer there")
+
+    def array_limits(self, cluster: Any, parallel: int | None) -> ArrayLimits:
+        """None: the pool starts trials as there is room for them."""
+        return ArrayLimits()
+
+    def element(self, job_id: str, index: int) -> str:
+        """The pool's own: its trials' supervisors are processes of their own, which only their runs know."""
+        return job_id
 
     def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
         """Wake the supervisors: they read the intent and stop, gracefully or at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from llmops import agent_zip
 from llmops.agent import carry
 from llmops.agent.rundir import is_url
-from llmops.backends.base import Ambiguous, Look, Rejected, Submission
+from llmops.backends.base import Ambiguous, ArrayLimits, Look, Rejected, Submission
 from llmops.backends.slurm_limits import check_limits, check_reachable
 from llmops.config.schema import SlurmCluster, time_limit_seconds
 from llmops.errors import ClusterError, UserError
@@ -147,6 +148,7 @@ class SlurmBackend:
             # A name without a pattern but the job's number: it fits arrays, and append keeps the lines of earlier
             # attempts.
             "output": f"{_pattern_free(output.parent)}/{output.name}",
+            "array": _array(spec),
             "open-mode": "append",
             "requeue": True,
             "signal": f"B:USR1@{spec.options['signal_s']}",
@@ -157,6 +159,7 @@ class SlurmBackend:
             "setup": cluster.setup,
             # The batch host is outside the container: there it is the interpreter that runs this launcher.
             "python": spec.python if cluster.container.runtime == "none" else sys.executable,
+            "what": "--study" if spec.array else "--run",
             "run": spec.run_url,
             "submission": spec.submission,
             "spec": spec,
@@ -203,8 +206,10 @@ class SlurmBackend:
         wanted = list(dict.fromkeys(job_ids))
         if not wanted and not tags:
             return Look({}, {})
-        named = ["-j", ",".join(wanted)] if len(wanted) <= MANY and not tags else []
-        code, output, errors = call("squeue", "-h", "-t", "all", *named, "-o", "%i|%T|%S|%j|%r", timeout=30)
+        known = set(wanted)
+        jobs = list(dict.fromkeys(map(_base, wanted)))
+        named = ["-j", ",".join(jobs)] if len(jobs) <= MANY and not tags else []
+        code, output, errors = call("squeue", "-h", "-r", "-t", "all", *named, "-o", "%i|%T|%S|%j|%r", timeout=30)
         if code and "Invalid job id" not in errors:
             silent = {
                 job_id: JobView(job_id, "unreachable", f"squeue: {errors}") for job_id in wanted or ["unreachable"]
@@ -215,22 +220,45 @@ class SlurmBackend:
         for line in output.splitlines():
             # A name of somebody else's may hold the separator.
             job_id, state, start, *name, reason = line.split("|")
-            if job_id in wanted or "|".join(name) in tags:
-                views[job_id] = _view(job_id, state, reason, start)
-                found.setdefault("|".join(name), job_id)
+            tagged = "|".join(name) in tags
+            if tagged:
+                found.setdefault("|".join(name), _base(job_id))
+            for each in {job_id, _base(job_id)} if tagged else {job_id}:
+                if each in known or tagged:
+                    views[each] = _view(each, state, reason, start)
         missing = [job_id for job_id in wanted if job_id not in views]
         lost = [tag for tag in tags if tag not in found]
         if missing or lost:
-            which = ["-S", f"now-{LOST_DAYS}days"] if lost else ["-j", ",".join(missing)]
+            which = ["-S", f"now-{LOST_DAYS}days"] if lost else ["-j", ",".join(dict.fromkeys(map(_base, missing)))]
             fields = ("sacct", "-X", "-n", "-P", *which, "-o", "jobid,state,start,jobname")
             code, output, _ = call(*fields, timeout=30)
             for line in output.splitlines() if code == 0 else []:
                 job_id, state, start, name_ = line.split("|", 3)
-                if job_id in missing or name_ in lost:
-                    views[job_id] = _view(job_id, state.split(" ")[0], "", start)
-                    found.setdefault(name_, job_id)
+                if name_ in lost:
+                    found.setdefault(name_, _base(job_id))
+                    views.setdefault(_base(job_id), _view(_base(job_id), state.split(" ")[0], "", start))
+                for each in _elements(job_id):
+                    if each in known and each not in views:
+                        views[each] = _view(each, state.split(" ")[0], "", start)
         gone = {job_id: JobView(job_id, "gone", "SLURM knows no such job") for job_id in wanted if job_id not in views}
         return Look({**views, **gone}, {tag: found[tag] for tag in tags if tag in found})
+
+    def array_limits(self, cluster: SlurmCluster, parallel: int | None) -> ArrayLimits:
+        """MaxArraySize is above the largest index; MaxJobCount counts each element as a job."""
+        code, output, errors = call("scontrol", "show", "config", timeout=30)
+        if code:
+            raise ClusterError(
+                f"the SLURM controller does not answer ({errors}); nothing was submitted: try again later"
+            )
+        found = dict(re.findall(r"^(MaxArraySize|MaxJobCount)\s*=\s*(\d+)", output, re.MULTILINE))
+        return ArrayLimits(
+            int(found["MaxArraySize"]) if "MaxArraySize" in found else None,
+            int(found["MaxJobCount"]) if "MaxJobCount" in found else None,
+        )
+
+    def element(self, job_id: str, index: int) -> str:
+        """As SLURM names it."""
+        return f"{job_id}_{index}"
 
     def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
         """``scancel``, or the warning signal to the batch host alone. A job that waits has nothing to save."""
@@ -246,12 +274,33 @@ class SlurmBackend:
                 raise ClusterError(f"scancel: {errors}; the cancellation is recorded, so the run will not start again")
 
 
+def _array(spec: JobSpec) -> str | None:
+    if spec.array is None:
+        return None
+    return f"0-{spec.array.size - 1}" + (f"%{spec.array.parallel}" if spec.array.parallel else "")
+
+
+def _base(job_id: str) -> str:
+    """The array of an element ``123_4``."""
+    return job_id.partition("_")[0]
+
+
+def _elements(job_id: str) -> list[str]:
+    """The elements that a line of ``sacct`` speaks of: ``123_[0-3,7%2]`` stands for those that never started."""
+    found = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", job_id)
+    if found is None:
+        return [job_id]
+    spans = [part.partition("-")[::2] for part in found[2].split(",")]
+    return [f"{found[1]}_{index}" for first, last in spans for index in range(int(first), int(last or first) + 1)]
+
+
 def _output(cluster: SlurmCluster, spec: JobSpec) -> tuple[Path, Path]:
-    """The folder that the job starts in, and SLURM's own output file, in which ``%j`` stands for the job's number."""
+    """The folder that the job starts in, and SLURM's own output file, named by a pattern for the job's number."""
+    number = "%A_%a" if spec.array else "%j"
     if is_url(spec.run_url) or cluster.log_dir is not None:
         folder = Path(cluster.log_dir or ".").expanduser().absolute()
-        return folder, folder / f"{spec.run_id}.%j.out"
-    return Path(spec.run_url), Path(spec.run_url, "job", f"{spec.submission:04d}", "slurm-%j.out")
+        return folder, folder / f"{spec.run_id}.{number}.out"
+    return Path(spec.run_url), Path(spec.run_url, "job", f"{spec.submission:04d}", f"slurm-{number}.out")
 
 
 def _pattern_free(path: Path) -> str:

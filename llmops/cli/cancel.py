@@ -10,15 +10,25 @@ from llmops import api
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Runs, and how gently."""
-    parser.add_argument("refs", nargs="+", metavar="RUN", help="name, id or unambiguous prefix")
+    parser.add_argument("refs", nargs="+", metavar="RUN", help="name, id or prefix of a run or study; STUDY/12")
     parser.add_argument("--graceful", action="store_true", help="let the ranks save their state first")
     parser.add_argument("--no-wait", action="store_true", help="return before the jobs are gone")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Cancel each run; those that are over stay as they are."""
+    url = arguments.runs_url
     # All are looked up before the first is touched: a typo in the third must not leave two cancelled.
-    found = [api.find(ref, arguments.runs_url) for ref in arguments.refs]
+    studies = [api.find_study(ref, url) for ref in arguments.refs if api.is_study(ref, url)]
+    others = [ref for ref in arguments.refs if not api.is_study(ref, url)]
+    waiting = [ref for ref in others if api.is_waiting(ref, url)]
+    found = [api.find(ref, url) for ref in others if ref not in waiting]
+    for study in studies:
+        after = api.cancel_study(study, arguments.graceful, wait=not arguments.no_wait)
+        print(f"{study.id}: {after['reason']}")
+    for ref in waiting:
+        api.cancel_waiting(ref, url)
+        print(f"{ref}: cancelled before it began")
     for each in found:
         before = api.status(each)
         if before.state in api.OVER:
@@ -26,6 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if arguments.graceful and not arguments.no_wait:
             print(f"{each.id}: waiting for it to save its state", file=sys.stderr, flush=True)
-        after = api.cancel(each, arguments.graceful, wait=not arguments.no_wait)
-        print(f"{each.id}: {after.state if after.state in api.OVER else 'told to end, not over yet'}")
+        ended = api.cancel(each, arguments.graceful, wait=not arguments.no_wait)
+        print(f"{each.id}: {ended.state if ended.state in api.OVER else 'told to end, not over yet'}")
     return 0

@@ -19,13 +19,24 @@ VERBS = {
     "logs": "the output of a run's ranks, over all its attempts",
     "resume": "go on with a stopped run from its last committed step",
     "cancel": "end runs for good",
+    "sweep": "run a configuration with many values, as one study; also sweep status|report|best|resume",
     "ckpt": "list, check, name and remove checkpoints",
+}
+# Verbs of two words: what follows the first is one of these, or an override.
+ACTIONS = {
+    "sweep": {
+        "status": "how a study's trials are doing",
+        "report": "what a study has found: table, importance, plots, a page of HTML",
+        "best": "the best trial of a study",
+        "resume": "go on with a study: run failed trials again, add trials",
+    }
 }
 
 EPILOG = """examples:
   llmops submit recipe=tiny --follow
   llmops submit --backend slurm recipe=tiny cluster.partition=gpu cluster.time=2:00:00
   llmops submit --backend slurm cluster.nodes=2 --name hello -- python train.py --lr 3e-4
+  llmops sweep recipe=tiny train.lr=1e-3,3e-3 'train.seed=range(0,4)' --max-parallel 2
   llmops status
   llmops logs -f
 """
@@ -57,10 +68,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for name, summary in VERBS.items():
-        sub = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    hidden = {f"{first} {second}": text for first, actions in ACTIONS.items() for second, text in actions.items()}
+    for name, summary in {**VERBS, **hidden}.items():
+        described = summary[0].upper() + summary[1:] + "."
+        if name in hidden:  # without a help text of its own, a verb is not listed
+            sub = verbs.add_parser(name, description=described)
+        else:
+            sub = verbs.add_parser(name, help=summary, description=described)
         if name == verb:
-            module = importlib.import_module(f"llmops.cli.{name}")
+            module = importlib.import_module(f"llmops.cli.{name.replace(' ', '_')}")
             sub.add_argument(
                 "--runs-url", metavar="URL", help="the run store (default: LLMOPS_RUNS_URL, or the configuration)"
             )
@@ -77,7 +93,7 @@ def main(argv: list[str]) -> int:
         argv, command = argv[:cut], argv[cut + 1 :]
         if not command:
             return complain("nothing follows --: give the command to run, or leave -- out", 2)
-    verb = next((word for word in argv if not word.startswith("-")), None)
+    verb, argv = _verb(argv)
     parser = build_parser(verb)
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes the overrides that follow an option for strangers
@@ -92,12 +108,24 @@ def main(argv: list[str]) -> int:
     if arguments.verb is None:
         parser.print_help()
         return 0
-    if command and arguments.verb not in ("submit", "render"):
+    if command and arguments.verb not in ("submit", "render", "sweep"):
         return complain(f"{arguments.verb} takes no command after --", 2)
     if arguments.runs_url == "":
         return complain("--runs-url is empty: give a folder or a URL, or leave it out", 2)
     arguments.command = command
     return _guarded(arguments)
+
+
+def _verb(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The verb, and the arguments with a verb of two words as one."""
+    at = next((number for number, word in enumerate(argv) if not word.startswith("-")), None)
+    if at is None:
+        return None, argv
+    actions = ACTIONS.get(argv[at], {})
+    if argv[at + 1 : at + 2] and argv[at + 1] in actions:
+        both = f"{argv[at]} {argv[at + 1]}"
+        return both, [*argv[:at], both, *argv[at + 2 :]]
+    return argv[at], argv
 
 
 def _guarded(arguments: argparse.Namespace) -> int:

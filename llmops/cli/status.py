@@ -14,7 +14,7 @@ MAX_INTERVAL_S = 86400
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which runs, and how they are shown."""
-    parser.add_argument("refs", nargs="*", metavar="RUN", help="name, id or unambiguous prefix; default: all runs")
+    parser.add_argument("refs", nargs="*", metavar="RUN", help="name, id or prefix of a run or study; STUDY/12")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-w", "--watch", action="store_true", help="show them live until all are over")
     output.add_argument("--json", action="store_true", help="one object a run, on stdout alone")
@@ -31,16 +31,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--interval {arguments.interval:g}: give seconds, less than {MAX_INTERVAL_S}")
 
     def fetch() -> list[dict[str, Any]]:
-        return api.describe(api.statuses(arguments.refs, arguments.runs_url))
+        return api.overview(arguments.refs, arguments.runs_url)
 
     if arguments.watch:
         view.watch(fetch, max(arguments.interval, 1.0))
-    found = api.statuses(arguments.refs, arguments.runs_url)
-    described = api.describe(found)
+    described = fetch()
     if arguments.json:
         print(json.dumps(described, indent=1))
+    elif len(arguments.refs) == 1 and "trials" in described[0]:
+        from llmops.cli import sweep_status
+
+        return sweep_status.show(api.find_study(described[0]["id"], arguments.runs_url))
     elif len(arguments.refs) == 1:
-        view.render_run(described[0], view.loss_points(found[0].run))
+        view.render_run(described[0], view.loss_points(api.find(described[0]["id"], arguments.runs_url)))
     elif not arguments.watch:
         view.render(described)
     failed = any(item["state"] == "failed" for item in described)

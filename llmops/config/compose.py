@@ -12,7 +12,7 @@ import msgspec
 
 import llm.utils.config
 from llmops import __version__
-from llmops.config import cache, groups, hydra_call, k8s_rules, rules, schema
+from llmops.config import cache, groups, hydra_call, interpolate, k8s_rules, rules, schema
 from llmops.config import overrides as override_text
 from llmops.config.schema import RunConfig
 from llmops.errors import UserError
@@ -85,6 +85,38 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
 
 def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, Any], bool]:
     """Composed plain data with interpolations resolved, and whether only files and overrides decided it."""
+    _, resolved, called = _compose_both(files, overrides)
+    return resolved, not called and files.pure() and not any("../" in text for text in overrides)
+
+
+def load_base(overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
+    """What :func:`finish` makes configurations of: composed data whose interpolations are as they were written.
+
+    It is checked as by :func:`load_config`, with the same errors.
+    """
+    load_config(overrides, config_dir)
+    return _compose_both(groups.read(config_dir), overrides)[0]
+
+
+def finish(base: dict[str, Any], what: str) -> Composed:
+    """A configuration of data as :func:`load_base` gives it, with values changed. ``what`` was: for the error.
+
+    Raises :class:`UserError` for values that do not fit.
+    """
+    data = _as_text(interpolate.resolved(base))
+    try:
+        config = msgspec.convert(data, RunConfig)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{what}: {str(error).replace('$.', '')}; correct the value") from error
+    try:
+        rules.check(config)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    return Composed(config, "", msgspec.to_builtins(config))
+
+
+def _compose_both(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Composed plain data with its interpolations and without, and the names of the resolvers that they call."""
     import yaml
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -108,8 +140,13 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         backend = _backend(files, arguments) if "cluster." in str(error) else None
         raise errors.from_hydra(error, files, overrides, backend) from error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(raw, dict):
         raise UserError(f"{files.folders[0]}/config.yaml: not a mapping of keys")
+    return {str(key): value for key, value in raw.items()}, _as_text(data), called
+
+
+def _as_text(data: dict[Any, Any]) -> dict[str, Any]:
+    """With those numbers as text that people write for text."""
     section = data.get("cluster")
     if isinstance(section, dict):
         resources = section.get("resources")
@@ -117,8 +154,7 @@ def _compose(files: groups.Groups, overrides: Sequence[str]) -> tuple[dict[str, 
             for key in _NUMBER_AS_TEXT if place is section else list(place):
                 if type(place.get(key)) in (int, float):
                     place[key] = str(place[key])
-    pure = not called and files.pure() and not any("../" in text for text in overrides)
-    return {str(key): value for key, value in data.items()}, pure
+    return {str(key): value for key, value in data.items()}
 
 
 def _backend(files: groups.Groups, arguments: list[str]) -> str | None:

@@ -14,6 +14,8 @@ from llmops.errors import UserError
 from llmops.resources import conf_dir
 
 MAX_FILES = 2000  # a folder with more is not a folder of configuration
+# Of the shipped folder: what `python -m llm.train` offers to Hydra's own multirun. A run is composed without it.
+_OF_HYDRA = "hydra"
 # YAML 1.1 reads 2:00:00 as a number in base 60.
 _BASE_60 = re.compile(r"""^\s*(?:-\s+)?(?:[\w.-]+\s*:\s+)?([-+]?[1-9][0-9_]*(?::[0-5]?[0-9])+)\s*(?:\#.*)?$""", re.M)
 
@@ -67,7 +69,7 @@ def read(config_dir: Path | None) -> Groups:
     """Read the shipped folder and the user's. Raises :class:`UserError` when the latter cannot be used."""
     shipped = conf_dir()
     folders = [shipped]
-    files = list(_files(shipped))
+    files = list(_files(shipped, _OF_HYDRA))
     if config_dir is not None:
         own_dir = config_dir.expanduser().absolute()
         if not own_dir.is_dir():
@@ -108,10 +110,10 @@ def _check_own(folder: Path, own: list[ConfFile], shipped: set[str]) -> None:
             raise UserError(f"{path}: only .yaml files are read; rename it to {path.stem}.yaml")
 
 
-def _files(folder: Path) -> Iterator[ConfFile]:
+def _files(folder: Path, leave_out: str | None = None) -> Iterator[ConfFile]:
     count = 0
     for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != leave_out)
         for name in sorted(names):
             if not name.endswith(".yaml"):
                 continue

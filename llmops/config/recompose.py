@@ -28,7 +28,7 @@ def recompose(text: str, overrides: Sequence[str] = (), cluster: Mapping[str, An
     if cluster is not None and isinstance(data, dict):
         data["cluster"] = dict(cluster)
     if overrides:
-        _apply(data, overrides)
+        apply(data, overrides)
     try:
         config = msgspec.convert(data, RunConfig)
     except msgspec.ValidationError as error:
@@ -39,7 +39,8 @@ def recompose(text: str, overrides: Sequence[str] = (), cluster: Mapping[str, An
     return Composed(config, to_yaml(plain), plain)
 
 
-def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``key=value`` overrides in a configuration as plain data. Raises :class:`UserError` for any other."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 

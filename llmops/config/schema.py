@@ -64,6 +64,34 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     args: list[str] = []
 
 
+class PrunerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which trials of a sweep are stopped early. Steps are training steps."""
+
+    name: Literal["none", "median", "asha", "hyperband"] = "none"
+    min_step: NonNegativeInt = 0
+    startup_trials: NonNegativeInt = 5
+    reduction_factor: Annotated[int, Meta(ge=2)] = 3
+
+
+class SweepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How `llmops sweep` chooses, compares and limits the trials of a study. A plain run has no use for it."""
+
+    sampler: Literal["grid", "random", "tpe", "cmaes"] = "grid"
+    trials: PositiveInt | None = None
+    max_parallel: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    objective: str = "eval/loss"
+    direction: Literal["minimize", "maximize"] = "minimize"
+    reduce: Literal["last", "best", "mean"] = "last"
+    mean_of: PositiveInt = 10
+    report_every: PositiveInt | None = None
+    stop_on_nan: bool = True
+    trial_minutes: PositiveFloat | None = None
+    max_reruns: NonNegativeInt = 2
+    storage: str | None = None
+    pruner: PrunerConfig = PrunerConfig()
+
+
 class LocalCluster(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="backend", tag="local"
 ):
@@ -205,6 +233,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     code: CodeConfig = CodeConfig()
     retry: RetryConfig = RetryConfig()
     stop: StopConfig = StopConfig()
+    sweep: SweepConfig = SweepConfig()
     cluster: LocalCluster | SlurmCluster | K8sCluster
     model: ModelConfig
     train: TrainConfig

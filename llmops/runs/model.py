@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,7 +38,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     ranks_per_node: int
     max_steps: int | None = None
     code: Code | None = None
-    parent: str | None = None
+    parent: str | None = None  # of a trial: its study
+    params: dict[str, Any] = {}  # of a trial: where it is in the study's space, by axis key
     version: str = ""
     format: int = FORMAT
 
@@ -65,6 +66,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     graceful: bool
     by: str
     time: float
+    outcome: str = ""  # of a trial that its study stops: pruned, nan or timeout
+    reason: str = ""  # of that, in words
 
 
 class SubmissionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +78,8 @@ class SubmissionRecord(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     created: float
     config: str = "config.yaml"
+    trials: list[list[int]] = []  # of a study's submission: spans of the trials that its array runs, in its order
+    study_submission: int | None = None  # of a trial's: which submission of its study started it
 
 
 class AttemptStart(msgspec.Struct, frozen=True, kw_only=True):

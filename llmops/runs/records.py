@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -47,14 +47,26 @@ __all__ = [
     "Submission",
     "SubmissionRecord",
     "create_run",
+    "encode",
     "find_run",
+    "find_study",
+    "is_study",
     "list_runs",
+    "list_studies",
     "load_run",
     "new_run_id",
     "next_submission",
+    "pack",
+    "path_of",
+    "read_many",
     "register_job",
+    "root_of",
+    "study_id",
+    "trial_id",
+    "unpack",
     "whoami",
     "write_failed",
+    "write_image",
     "write_intent",
     "write_run",
     "write_submission",
@@ -62,6 +74,8 @@ __all__ = [
 
 _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 _RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}")
+_STUDY_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}-sweep")
+_TRIAL_ID = re.compile(rf"({_STUDY_ID.pattern})\.(\d{{4,}})")
 _NUMBER = re.compile(r"\d{4,}")
 
 
@@ -75,9 +89,30 @@ def new_run_id(name: str, now: float) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{slug}-{token}"
 
 
+def study_id(run_id: str) -> str:
+    """The id of a study, out of one that a run would have."""
+    return f"{run_id}-sweep"
+
+
+def trial_id(study: str, trial: int) -> str:
+    """The run id of a trial."""
+    return f"{study}.{trial:04d}"
+
+
+def path_of(run_id: str) -> str:
+    """Where a run lies below the folder of all runs; a trial is inside its study."""
+    found = _TRIAL_ID.fullmatch(run_id)
+    return f"{found[1]}/trials/{run_id}" if found else run_id
+
+
+def root_of(run_url: str) -> str:
+    """The folder of all runs that a run, a study or a trial is in."""
+    return run_url.removesuffix(path_of(run_url.rsplit("/", 1)[-1])).rstrip("/")
+
+
 def create_run(runs_url: str, record: RunRecord, config: bytes) -> Store:
     """Make the run directory: ``config.yaml``, then ``run.json``. Raises ``UserError`` when the id is taken."""
-    store = open_store(runs_url).sub(record.id)
+    store = open_store(runs_url).sub(path_of(record.id))
     if not store.create("config.yaml", config) or not write_run(store, record):
         raise UserError(f"{store.url} exists already; runs are never overwritten")
     return store
@@ -97,12 +132,12 @@ def whoami() -> tuple[str, str]:
 
 def write_run(store: Store, record: RunRecord) -> bool:
     """False when there is one."""
-    return store.create("run.json", _encode(record))
+    return store.create("run.json", encode(record))
 
 
 def write_submission(store: Store, record: SubmissionRecord) -> bool:
     """Claim the submission's number. False when another launcher has it."""
-    return store.create(f"{_submission(record.number)}/submission.json", _encode(record))
+    return store.create(f"{_submission(record.number)}/submission.json", encode(record))
 
 
 def next_submission(store: Store) -> int:
@@ -113,7 +148,7 @@ def next_submission(store: Store) -> int:
 def register_job(store: Store, submission: int, job_id: str, by: Literal["launcher", "job"]) -> bool:
     """Record the one job that may run the submission. True when it is this one, whoever recorded it first."""
     path = f"{_submission(submission)}/job.json"
-    if store.create(path, _encode(JobRecord(job_id=job_id, by=by, time=time.time()))):
+    if store.create(path, encode(JobRecord(job_id=job_id, by=by, time=time.time()))):
         return True
     try:
         return msgspec.json.decode(store.get(path), type=JobRecord).job_id == job_id
@@ -123,26 +158,43 @@ def register_job(store: Store, submission: int, job_id: str, by: Literal["launch
 
 def write_failed(store: Store, submission: int, error: str) -> bool:
     """The scheduler refused it. False when that was recorded before."""
-    return store.create(f"{_submission(submission)}/failed.json", _encode(Failed(error=error, time=time.time())))
+    return store.create(f"{_submission(submission)}/failed.json", encode(Failed(error=error, time=time.time())))
 
 
-def write_intent(store: Store, submission: int, graceful: bool, by: str) -> bool:
+def write_intent(store: Store, submission: int, graceful: bool, by: str, outcome: str = "", reason: str = "") -> bool:
     """The submission must not run again. False when that was recorded before: the first one counts."""
-    intent = Intent(graceful=graceful, by=by, time=time.time())
-    return store.create(f"{_submission(submission)}/intent.json", _encode(intent))
+    intent = Intent(graceful=graceful, by=by, time=time.time(), outcome=outcome, reason=reason)
+    return store.create(f"{_submission(submission)}/intent.json", encode(intent))
 
 
 def write_image(store: Store, submission: int, digests: Sequence[str]) -> bool:
     """What the image was when somebody first saw it run. False when that was recorded before."""
     image = Image(digests=list(digests), time=time.time())
-    return store.create(f"{_submission(submission)}/image.json", _encode(image))
+    return store.create(f"{_submission(submission)}/image.json", encode(image))
+
+
+def pack(numbers: Iterable[int]) -> list[list[int]]:
+    """``[[first, last], …]``, keeping the order in which the numbers come."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return spans
+
+
+def unpack(spans: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers that :func:`pack` got."""
+    return [number for first, last in spans for number in range(first, last + 1)]
 
 
 def _submission(number: int) -> str:
     return f"job/{number:04d}"
 
 
-def _encode(record: Any) -> bytes:
+def encode(record: Any) -> bytes:
+    """A record as it is stored: JSON that people can read."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
 
 
@@ -242,40 +294,99 @@ def list_runs(runs_url: str) -> list[Run]:
 
 
 def find_run(runs_url: str, ref: str) -> Run:
-    """The run that ``ref`` means: an id, else a name, else the beginning of one id or name.
+    """The run that ``ref`` means: an id, else a name, else the beginning of one id or name; ``STUDY/12`` is a trial.
 
     Raises ``UserError`` when there is none, or more than one.
     """
     store = open_store(runs_url)
-    ids = _ids(store)
+    study, slash, trial = ref.rpartition("/")
+    if slash and trial.isdigit():
+        ref = trial_id(find_study(runs_url, study), int(trial))
+    if _TRIAL_ID.fullmatch(ref):
+        found = load_run(store.sub(path_of(ref)))
+        if found.record is None and found.problems and not store.exists(path_of(ref)):
+            raise UserError(f"{ref} has not begun yet, or there is no such trial; `llmops sweep status` lists them")
+        return found
+    return load_run(store.sub(_find(store, _ids(store), ref, "run")))
+
+
+def find_study(runs_url: str, ref: str) -> str:
+    """The id of the study that ``ref`` means, as for :func:`find_run`."""
+    store = open_store(runs_url)
+    return _find(store, list_studies(store), ref, "study")
+
+
+def list_studies(store: Store) -> list[str]:
+    """Ids of all studies in the folder of all runs, oldest first."""
+    return [name for name in store.list() if _STUDY_ID.fullmatch(name)]
+
+
+def is_study(runs_url: str, ref: str) -> bool:
+    """Whether ``ref`` means exactly one study, and no run."""
+    store = open_store(runs_url)
+    listed = store.list()
+    if ref in listed:
+        return bool(_STUDY_ID.fullmatch(ref))
+    try:
+        _find(store, [name for name in listed if _STUDY_ID.fullmatch(name)], ref, "study")
+    except UserError:
+        return False
+    try:
+        _find(store, [name for name in listed if _RUN_ID.fullmatch(name)], ref, "run")
+    except UserError:
+        return True
+    return False
+
+
+def _find(store: Store, ids: list[str], ref: str, what: str) -> str:
+    plural = {"run": "runs", "study": "studies"}[what]
     if ref in ids:
-        return load_run(store.sub(ref))
+        return ref
     names = dict(zip(ids, _each(store, ids, lambda run_id: _name(store, run_id)), strict=True))
     for matching in (
         [run_id for run_id, name in names.items() if name == ref],
         [run_id for run_id, name in names.items() if ref and (run_id.startswith(ref) or name.startswith(ref))],
     ):
         if len(matching) == 1:
-            return load_run(store.sub(matching[0]))
+            return matching[0]
         if matching:
             shown = ", ".join(matching[-8:]) + (" (the newest 8)" if len(matching) > 8 else "")
-            raise UserError(f"{ref!r} means {len(matching)} runs in {store.url}; use an id: {shown}")
+            raise UserError(f"{ref!r} means {len(matching)} {plural} in {store.url}; use an id: {shown}")
     if not ids:
-        raise UserError(f"there is no run {ref!r}: {store.url} holds no runs (set LLMOPS_RUNS_URL to look elsewhere)")
+        raise UserError(
+            f"there is no {what} {ref!r}: {store.url} holds no {plural} (set LLMOPS_RUNS_URL to look elsewhere)"
+        )
     from difflib import get_close_matches
 
     close = get_close_matches(ref, {*names, *names.values()}, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; `llmops status` lists them"
-    raise UserError(f"there is no run {ref!r} in {store.url}{hint}")
+    raise UserError(f"there is no {what} {ref!r} in {store.url}{hint}")
 
 
 def _ids(store: Store) -> list[str]:
     return [name for name in store.list() if _RUN_ID.fullmatch(name)]
 
 
+class _Named(msgspec.Struct):
+    name: str
+
+
 def _name(store: Store, run_id: str) -> str:
-    record = _Reader(store.sub(run_id)).read("run.json", RunRecord)
+    path = "study.json" if _STUDY_ID.fullmatch(run_id) else "run.json"
+    record = _Reader(store.sub(run_id)).read(path, _Named)
     return record.name if record else run_id
+
+
+def read_many(store: Store, paths: Sequence[str]) -> list[bytes | None]:
+    """Objects in the order of ``paths``; None for those that are not there."""
+
+    def read(path: str) -> bytes | None:
+        try:
+            return store.get(path)
+        except FileNotFoundError:
+            return None
+
+    return _each(store, list(paths), read)
 
 
 def _each(store: Store, ids: list[str], read: Callable[[str], _Result]) -> list[_Result]:

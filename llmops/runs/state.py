@@ -133,7 +133,10 @@ def _known(attempt: Attempt | None) -> str:
 
 
 def _cancelled(submission: Submission) -> str:
-    return f"cancelled by {submission.intent.by}" if submission.intent else ""
+    intent = submission.intent
+    if intent is None:
+        return ""
+    return f"{intent.outcome}: {_line(intent.reason)}" if intent.outcome else f"cancelled by {intent.by}"
 
 
 def _join(*texts: str) -> str:

@@ -23,6 +23,7 @@ SECTIONS = {
     "data/shakespeare": schema.DataConfig,
     "eval/default": schema.EvalConfig,
     "checkpoint/default": schema.CheckpointConfig,
+    "sweep/default": schema.SweepConfig,
     "cluster/local": schema.LocalCluster,
     "cluster/slurm": schema.SlurmCluster,
     "cluster/k8s": schema.K8sCluster,
@@ -69,7 +70,7 @@ def test_every_key_is_listed_with_its_default(file: str, struct: type[msgspec.St
 def test_top_level_lists_every_key_with_its_default() -> None:
     listed = yaml.safe_load((conf_dir() / "config.yaml").read_text())
     del listed["defaults"]
-    groups = {"cluster", "model", "train", "dist", "data", "eval", "checkpoint"}
+    groups = {"cluster", "model", "train", "dist", "data", "eval", "checkpoint", "sweep"}
     assert list(listed) == [name for name in schema.RunConfig.__struct_fields__ if name not in groups]
     for name, struct in {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}.items():
         assert msgspec.convert(listed[name], struct) == struct()

@@ -1,0 +1,1 @@
+"""A study: many runs of one configuration with some values changed, as one object."""
