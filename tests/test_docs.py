@@ -33,6 +33,9 @@ SHOWN = {
         "did you mean 64Gi?",
         "exit code 2",
         "claimName",
+        "completions: 12",
+        "FailIndex",
+        "nothing was submitted of 2 trials",
     ],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }

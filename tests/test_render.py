@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmops import api
 from llmops.backends.slurm import SlurmBackend
 from llmops.errors import UserError
-from llmops.launch import dry_run, job_spec
+from llmops.launch import Origin, dry_run, job_spec
 from llmops.render import render_template, sbatch_options, sbatch_value
 
 
@@ -95,7 +95,7 @@ def test_containers_see_the_run_store_and_bring_their_own_python(render, tmp_pat
     script = render(*overrides)
     assert f"exec {sys.executable} " in script
     prepared = api.prepare(overrides, backend="slurm", runs_url=str(tmp_path / "runs"))
-    spec = job_spec(prepared, 0, "tag", "config.yaml", None)
+    spec = job_spec(prepared, 0, "tag", "config.yaml", Origin())
     runs = str(tmp_path / "runs")
     assert spec.options["srun_args"] == ["--cpus-per-task=1", *(word.format(runs=runs) for word in srun)]
     assert spec.options["wrap"] == [word.format(runs=runs) for word in wrap]

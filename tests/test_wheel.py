@@ -50,13 +50,12 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 def test_content(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"llm", "llmops", wheel.name.split("-py3")[0] + ".dist-info"}
+    packages = ("hydra_plugins", "llm", "llmops")
+    assert {name.split("/")[0] for name in names} == {*packages, wheel.name.split("-py3")[0] + ".dist-info"}
     for kind, folder in (("conf", "_conf"), ("templates", "_templates")):
         shipped = {str(path.relative_to(REPOSITORY / kind)) for path in (REPOSITORY / kind).rglob("*.*")}
         assert {name.removeprefix(f"llmops/{folder}/") for name in names if f"/{folder}/" in name} == shipped
-    tracked = {
-        str(path.relative_to(REPOSITORY)) for part in ("llm", "llmops") for path in (REPOSITORY / part).rglob("*.py")
-    }
+    tracked = {str(path.relative_to(REPOSITORY)) for part in packages for path in (REPOSITORY / part).rglob("*.py")}
     assert tracked <= set(names)
     assert not [name for name in names if name.endswith(".pyc")]
 

@@ -113,11 +113,11 @@ def _axis(text: str, key: str, override: Any, groups: Mapping[str, Collection[st
             if not key.startswith("env."):
                 raise UserError(f"override {text}: {each} is no finite number; give one, or quote it where it is text")
             values[number] = str(each)
-    for number, each in enumerate(values):
-        if any(type(other) is type(each) and other == each for other in values[:number]):
-            raise UserError(
-                f"override {text}: {each} is there twice, which would run the same trials twice; remove one"
-            )
+    seen: set[str] = set()
+    for each in values:
+        if repr(each) in seen:  # which tells 1 from true
+            raise UserError(f"override {text}: {each} is there twice, which would run trials twice; remove one")
+        seen.add(repr(each))
     if key in groups:
         return Axis(key=key, kind="choice", group=True, values=[str(each) for each in values])
     if isinstance(value, RangeSweep) and value.step > 0:

@@ -299,4 +299,4 @@ def test_the_zipapp_is_the_same_every_time_and_starts_without_llmops(tmp_path):
     # -I: no site-packages of the user, no PYTHONPATH; -S: none at all.
     done = subprocess.run([sys.executable, "-I", "-S", str(path), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "local,slurm,k8s,node" in done.stdout
+    assert "local,slurm,k8s,pool,node" in done.stdout

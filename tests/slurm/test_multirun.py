@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llmops.agent import scontrol
 from tests.launcher.harness import TREE
 from tests.slurm import cluster
@@ -56,6 +58,7 @@ def test_three_points(slurm, tmp_path):
         assert (run / "checkpoints" / "step_00000005").is_dir()
 
 
+@pytest.mark.soak  # SLURM counts time limits in minutes
 def test_a_time_out_saves_and_goes_on(slurm, tmp_path):
     """Two tasks; nothing but the signal before the time limit makes them save."""
     launcher = ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=1")
