@@ -19,7 +19,7 @@ class KeepReturn(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Hydra's, after the program has returned or raised."""
-        if job_return.status.name != "COMPLETED":
+        if job_return.status.name != "COMPLETED" or os.environ.get("RANK", "0") != "0":
             return
         try:
             text = json.dumps({"value": job_return.return_value})

@@ -5,6 +5,7 @@ Without these options, ``python -m llm.train [--multirun] key=value ...`` is a H
 Exit code 0 when done, 75 when stopped on request with the state saved, 2 for a config that cannot work, 1 otherwise.
 """
 
+import os
 import sys
 import time
 
@@ -12,9 +13,13 @@ STARTED = time.time()  # the accounts of a run begin here
 
 _OWN = ("--config", "--run-url", "-h", "--help")
 if __name__ == "__main__" and not any(argument.partition("=")[0] in _OWN for argument in sys.argv[1:]):
+    if "LLMOPS_RUN_URL" in os.environ:  # else signals are the launcher's
+        from llm.train.control import settle_signals
+
+        settle_signals()
     from llm.train.hydra_main import main as hydra_main
 
-    hydra_main()  # before signals are settled: here they are the launcher's
+    hydra_main()
     sys.exit()
 
 from llm.train.control import settle_signals  # noqa: E402
@@ -22,7 +27,6 @@ from llm.train.control import settle_signals  # noqa: E402
 settle_signals()  # before anything slow: a signal during the imports must not kill the rank
 
 import argparse  # noqa: E402
-import os  # noqa: E402
 
 from llm.train.control import Control  # noqa: E402
 from llm.utils.config import ConfigError, TrainingConfig, check, load  # noqa: E402

@@ -53,10 +53,10 @@ def train(cfg: DictConfig) -> float | None:
     Raises CompactHydraException, which launchers report, when it fails, and SystemExit when it was stopped.
     """
     started = time.time()
-    run_url = HydraConfig.get().runtime.output_dir
+    # Under llmops' supervisor, as with hydra/launcher=llmops, the run and its signals are the supervisor's.
+    supervised = os.environ.get("LLMOPS_RUN_URL")
+    run_url = supervised or HydraConfig.get().runtime.output_dir
     try:
-        if "LLMOPS_RUN_URL" in os.environ:
-            raise ConfigError("LLMOPS_RUN_URL is set: a run of llmops takes --config; unset it for Hydra's own jobs")
         config = training_config(cfg)
         join_submitit()
         rank, size, local_rank = rank_environment()
@@ -64,13 +64,20 @@ def train(cfg: DictConfig) -> float | None:
 
         from llm.train.attempt import run_attempt
 
-        control = SignalledControl(rank)
-        with control.signals():
+        control: Control
+        if supervised:
+            control = Control(rank, os.environ.get("LLMOPS_CONTROL_DIR"))
             code = run_attempt(config, run_url, control, rank, size, local_rank, started)
+        else:
+            control = SignalledControl(rank)
+            with control.signals():
+                code = run_attempt(config, run_url, control, rank, size, local_rank, started)
     except ConfigError as error:
         raise CompactHydraException(f"error: {error}") from error
     if code == EXIT_STOPPED:
-        control.leave()
+        if isinstance(control, SignalledControl):
+            control.requeue()
+        sys.exit(EXIT_STOPPED)
     if code:
         raise CompactHydraException(f"error: the training in {run_url} failed; its log says why")
     return held_out_loss(run_url) if rank == 0 else None
@@ -138,13 +145,12 @@ class SignalledControl(Control):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def leave(self) -> None:
-        """End the process, whose state is saved; under submitit the job is requeued, if it may be."""
+    def requeue(self) -> None:
+        """Have submitit requeue the job, whose state is saved, if it may be; elsewhere there is nothing to do."""
         if callable(self._requeue):
             # Requeues and exits on rank 0, raises where the job has timed out too often, and returns on other ranks.
             self._requeue(self._received or signal.SIGUSR2, None)
             time.sleep(REQUEUE_S)  # one that left earlier than rank 0 would have srun kill it before it requeues
-        sys.exit(EXIT_STOPPED)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._received = number

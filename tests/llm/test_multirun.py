@@ -100,10 +100,6 @@ def test_a_failure_is_raised(tmp_path: Path, override: str, said: str) -> None:
     assert "Traceback" not in output
 
 
-def test_a_run_of_llmops_is_not_taken_over(tmp_path: Path) -> None:
-    assert "LLMOPS_RUN_URL is set" in train(tmp_path, *SMALL, code=1, LLMOPS_RUN_URL=str(tmp_path))
-
-
 def test_term_saves_and_ends_all(tmp_path: Path) -> None:
     points = ["--multirun", "hydra.sweep.dir=sweep", *SMALL, "train.max_steps=5000", "train.lr=1e-4,3e-4"]
     process = start(tmp_path, *points)

@@ -90,3 +90,22 @@ def test_what_llmops_refuses_is_one_line(app, tmp_path):
     done = multirun(app, tmp_path / "runs", "+a=1,2", "hydra.launcher.overrides=['cluster.partion=gpu']")
     assert done.returncode != 0
     assert "did you mean" in done.stderr or "there is no key cluster.partion" in done.stderr
+
+
+def test_the_trainer_as_a_hydra_program_trains_into_its_trials_run(tmp_path):
+    runs = tmp_path / "runs"
+    env = {**os.environ, "LLMOPS_RUNS_URL": str(runs), "PYTHONPATH": str(TREE)}
+    small = ["recipe=tiny", "train.max_steps=4", "train.warmup_steps=1", "eval.batches=1", "eval.sample_prompts=[]"]
+    launcher = ["hydra/launcher=llmops", "hydra.launcher.poll_s=0.3", f"hydra.sweep.dir={tmp_path}/out"]
+    command = [sys.executable, "-m", "llm.train", "--multirun", *launcher, *small, "train.lr=0.001,0.003"]
+    more = ["hydra.launcher.overrides=['sweep.objective=eval/loss','cluster.ranks_per_node=2']"]
+    done = subprocess.run([*command, *more], cwd=TREE, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    (study,) = (path.name for path in runs.glob("*-sweep"))
+    sweeper = Sweeper(runs, "local")
+    trials = sweeper.study(study)["trials"]
+    assert [trial["state"] for trial in trials] == ["complete"] * 2
+    for number in range(2):
+        returned = json.loads((tmp_path / "out" / str(number) / ".llmops-returned.json").read_text())
+        assert returned["value"] == trials[number]["value"]
+        assert (sweeper.run_folder(study, number) / "checkpoints" / "step_00000004").is_dir()
