@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="train.lr=1e-4,3e-4 'train.seed=range(0,8)' sweep=tpe …"
     )
-    parser.add_argument("--backend", metavar="B", help="local or slurm (the same as cluster=B)")
+    parser.add_argument("--backend", metavar="B", help="local, slurm or k8s (the same as cluster=B)")
     parser.add_argument("--name", metavar="N", help="the study's name")
     parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with config groups of your own")
     parser.add_argument("--trials", metavar="N", type=int, help="how many trials (the same as sweep.trials=N)")

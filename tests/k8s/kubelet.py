@@ -27,22 +27,23 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class Cluster(Pods):
-    """Carries out the one workload of a server. ``root`` is for the output of the pods."""
+    """Carries out the one workload of a server, or the one called ``name``. ``root``: for the output of the pods."""
 
-    def __init__(self, server: ApiServer, kind: str, root: Path) -> None:
+    def __init__(self, server: ApiServer, kind: str, root: Path, name: str = "") -> None:
         self.server, self.kind_of = server, next(each for each in KINDS if each.kind == kind)
         self.rundir, self.root = RunDir(str(root)), root
         self.workload = kind.lower()
         self.pods: dict[int, subprocess.Popen[bytes]] = {}
         self.codes: list[tuple[int, int]] = []
         self.restarting = self.deleted = False
-        self.state = "running"
-        self.name = self.object()["metadata"]["name"]
+        self.state, self.name = "running", name
+        self.name = name or self.object()["metadata"]["name"]
         self.nodes = sum(count for _, count in self._templates())
 
     def object(self) -> Object:
         """The workload."""
-        return next(each for key, each in self.server.store.objects.items() if key[0] == self.kind_of)
+        objects = self.server.store.objects.items()
+        return next(each for key, each in objects if key[0] == self.kind_of and self.name in ("", key[2]))
 
     def _templates(self) -> list[tuple[Object, int]]:
         """(pod template, pods) in the order of the nodes."""
@@ -52,7 +53,9 @@ class Cluster(Pods):
         if self.kind_of.kind in ("JobSet", "TrainJob"):
             if self.kind_of.kind == "TrainJob":
                 runtime = next(
-                    each for key, each in self.server.store.objects.items() if key[0].kind == "TrainingRuntime"
+                    each
+                    for key, each in self.server.store.objects.items()
+                    if key[0].kind == "TrainingRuntime" and key[2] == self.name
                 )
                 spec = runtime["spec"]["template"]["spec"]
             (each,) = spec["replicatedJobs"]
@@ -68,7 +71,7 @@ class Cluster(Pods):
             self._drop(node)
             self.server.store.put(pod)
             (container,) = pod["spec"]["containers"]
-            self.spawn(node, container["command"], dict(_value(each, pod) for each in container["env"]))
+            self.spawn(node, container["command"], dict(value(each, pod) for each in container["env"]))
         return self
 
     def _pod(self, node: int, template: Object, index: int) -> Object:
@@ -109,7 +112,7 @@ class Cluster(Pods):
             if pod is not None and "deletionTimestamp" in pod["metadata"] and not pod.get("told"):
                 pod["told"] = True
                 self.pods[node].send_signal(signal.SIGTERM)
-        gone = [key for key in objects if key[0] == self.kind_of]
+        gone = [key for key in objects if key[0] == self.kind_of and key[2] == self.name]
         if not gone or "deletionTimestamp" in objects[gone[0]]["metadata"]:
             self.deleted, self.restarting = True, False
         super().control()
@@ -131,7 +134,7 @@ class Cluster(Pods):
             self.server.store.put({**item, "status": {**item.get("status", {}), "conditions": [condition]}})
 
 
-def _value(variable: Object, pod: Object) -> tuple[str, str]:
+def value(variable: Object, pod: Object) -> tuple[str, str]:
     """A variable of the container, as the kubelet fills it in."""
     if "value" in variable:
         return variable["name"], re.sub(r"\$\$", "$", variable["value"])

@@ -1,5 +1,7 @@
 """Kubernetes through its API: Indexed Job, JobSet, PyTorchJob or TrainJob, one pod for each node of the run.
 
+A study of one-pod runs is one Indexed Job; of larger runs each has a workload of its own.
+
 Nothing here is imported before it is needed: the official client alone takes longer than the rest of the launcher.
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops.agent.rundir import is_url
-from llmops.backends.base import Look, Rejected, Submission
+from llmops.backends.base import ArrayLimits, Look, Rejected, Submission
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobSpec, JobView
 
@@ -43,12 +45,12 @@ class K8sBackend:
     def options(self, cluster: K8sCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """Where the job will be, and what it will be called: all that is needed to ask about it."""
         from llmops.backends.k8s import client, discover, manifests
-        from llmops.backends.k8s.resources import JobId
+        from llmops.backends.k8s.resources import ARRAY, JobId
         from llmops.config.schema import pod_grace_seconds
 
         context, namespace = client.current(cluster.context, cluster.kubeconfig)
         kubeconfig = str(Path(cluster.kubeconfig).expanduser().absolute()) if cluster.kubeconfig else ""
-        workload: str = cluster.workload
+        workload: str = ARRAY if spec_values["trials"] and cluster.nodes == 1 else cluster.workload
         if workload == "auto":
             workload = discover.choose(_connect(context, kubeconfig))
         name = manifests.object_name(spec_values["tag"], spec_values["run_id"])
@@ -119,16 +121,33 @@ class K8sBackend:
         """The job that carries this tag, in the current context's namespace."""
         return self._find((tag,), ()).get(tag)
 
-    def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
-        """Delete, and let the pods end first: their supervisors save or do not, as the recorded intent says."""
-        from llmops.backends.k8s.resources import WORKLOADS
+    def array_limits(self, cluster: K8sCluster, parallel: int | None) -> ArrayLimits:
+        """See :func:`llmops.backends.k8s.arrays.limits`."""
+        from llmops.backends.k8s import arrays
 
+        return arrays.limits(cluster, parallel)
+
+    def element(self, job_id: str, index: int) -> str:
+        """One index of an Indexed Job; a workload of its own is its only element."""
+        from llmops.backends.k8s.resources import JobId
+
+        job = JobId.parse(job_id)
+        return job_id if job is None else str(job.element(index))  # `look` says what is wrong with it
+
+    def cancel(self, job_ids: Sequence[str], graceful: bool) -> None:
+        """Delete, and let the pods end first: their supervisors save or do not, as the recorded intent says.
+
+        Elements of arrays are left to their supervisors, which look for the intent every few seconds: a pod that is
+        deleted is made again, and to delete pods is no right that a launcher needs.
+        """
         failed: ClusterError | None = None
         for text in job_ids:
             try:
                 job = _job_id(text)
+                if job.position is not None:
+                    continue
                 api = _connect(job.context, job.kubeconfig)
-                api.delete(WORKLOADS[job.workload].path(job.namespace, job.name), "Foreground")
+                api.delete(job.resource.path(job.namespace, job.name), "Foreground")
             except ClusterError as error:
                 failed = failed or error
         if failed is not None:
@@ -159,7 +178,7 @@ def _job_id(text: str) -> JobId:
 
     job = JobId.parse(text)
     if job is None:
-        raise ClusterError(f"{text!r} is no job id of Kubernetes (<context>/<namespace>/<workload>/<name>)")
+        raise ClusterError(f"{text!r} is no job id of Kubernetes (<context>/<namespace>/<workload>/<name>[/<index>])")
     return job
 
 

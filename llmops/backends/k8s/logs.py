@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llmops.backends.k8s import pods as pod_words
 from llmops.backends.k8s.client import Api, backoff, lines
 from llmops.backends.k8s.explain import ApiError, Unanswered
-from llmops.backends.k8s.resources import MANAGED, POD, POD_LABEL, JobId
+from llmops.backends.k8s.resources import INDEX, MANAGED, POD, POD_LABEL, JobId
 from llmops.backends.k8s.watch import watch
 from llmops.errors import ClusterError
 
@@ -72,8 +72,9 @@ def follow(
 
 
 def selector(job: JobId) -> str:
-    """The labels of the job's pods."""
-    return f"{MANAGED},{POD_LABEL[job.workload]}={job.name}"
+    """The labels of the job's pods; of an element of an array, of its own."""
+    element = "" if job.position is None else f",{INDEX}={job.position}"
+    return f"{MANAGED},{POD_LABEL[job.kind]}={job.name}{element}"
 
 
 def _read(api: Api, namespace: str, pod: dict[str, Any], n: int | None) -> Iterator[PodLine]:

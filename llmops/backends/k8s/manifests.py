@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from llmops import agent_zip
-from llmops.backends.k8s.resources import WORKLOADS
+from llmops.backends.k8s import arrays
+from llmops.backends.k8s.resources import ARRAY, ARRAY_LABEL, WORKLOADS
 from llmops.config.schema import K8sCluster, Mount, pod_grace_seconds
 from llmops.errors import UserError
 from llmops.job import JobSpec
 from llmops.render import render_template
 
 RESTARTS = 1000  # the controllers' own bound; the run's is in the run store
+STARTS = 10  # of one trial, whose study shall not wait for days for one that never starts
 NAME_CHARS = 30  # of an object's name before its 8 hex digits: controllers add to it, and 63 is the limit
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 SCHEDULERS = {"volcano": "volcano", "coscheduling": "scheduler-plugins-scheduler"}
@@ -61,6 +63,9 @@ def render(cluster: K8sCluster, spec: JobSpec, agent: Path | None) -> str:
     own = labels(spec.run_id, spec.submission)
     shared = {**cluster.labels, **own}
     trainjob = workload == "trainjob"
+    array = spec.array if workload == ARRAY else None
+    trials = array.size if array else None
+    parallel = min(array.parallel or array.size, array.size) if array else None
     gang = None if cluster.gang == "none" else cluster.gang
     values = {
         "name": name,
@@ -69,10 +74,18 @@ def render(cluster: K8sCluster, spec: JobSpec, agent: Path | None) -> str:
         "spec": spec,
         "cluster": cluster,
         "labels": own,
-        "workload_labels": {**shared, **({"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {})},
+        "trials": trials,
+        "parallel": parallel,
+        "workload_labels": {
+            **shared,
+            **({"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}),
+            **({ARRAY_LABEL: str(trials)} if trials else {}),
+        },
         "annotations": cluster.annotations or None,
+        "workload_annotations": {**arrays.admission(cluster, parallel or 1), **cluster.annotations} or None,
         "suspend": True if cluster.queue else None,
-        "restarts": RESTARTS,
+        # A pod that dies with its supervisor is a failure that its run counts; some more may not even start.
+        "restarts": RESTARTS if trials is None else spec.retry.max_failures + STARTS,
         "agent": None if agent is not None else base64.b64encode(agent_zip.build()[1]).decode(),
         # A TrainJob's operator makes the group itself, when its runtime says so.
         "pod_group": POD_GROUPS[gang] if gang and not trainjob else None,
@@ -85,7 +98,9 @@ def render(cluster: K8sCluster, spec: JobSpec, agent: Path | None) -> str:
     text = render_template(f"{workload}.yaml.j2", cluster.template, values)
     source = cluster.template or f"{workload}.yaml.j2"
     objects = [_merge(item, cluster.patches.get(item["kind"], {})) for item in _parse(text, source)]
-    _check(objects, WORKLOADS[workload].kind, values, source, cluster)
+    _check(objects, WORKLOADS["job" if workload == ARRAY else workload].kind, values, source, cluster)
+    if trials:
+        arrays.check(objects[-1], trials, source, cluster)
     return dump(objects)
 
 
@@ -139,7 +154,8 @@ def _pod(
     noted = {"scheduling.k8s.io/group-name": spec.options["name"]} if gang == "volcano" else {}
     volumes, volume_mounts = _volumes(cluster, None if agent is not None else f"{spec.options['name']}-agent")
     program = "/llmops/agent.pyz" if agent is None else str(agent)
-    command = [spec.python, program, "k8s", "--run", spec.run_url, "--submission", str(spec.submission)]
+    what = "--run" if spec.array is None else "--study"
+    command = [spec.python, program, "k8s", what, spec.run_url, "--submission", str(spec.submission)]
     # Pods of other runs must not decide where this one's go.
     ours = {"matchLabels": labels(spec.run_id, spec.submission)}
     return {
@@ -166,6 +182,8 @@ def _pod(
 
 def _environment(cluster: K8sCluster, spec: JobSpec) -> list[dict[str, Any]]:
     plain = {"PYTHONUNBUFFERED": "1"}
+    if spec.array is not None and spec.options["workload"] != ARRAY:
+        plain["LLMOPS_ELEMENT"] = "0"  # all pods are nodes of one trial, whatever index their controller gives them
     if cluster.security.read_only_root or cluster.security.run_as_user is not None:
         plain["HOME"] = "/tmp"  # noqa: S108  (in the pod: the image's may be nobody's to write)
     plain = {**plain, **spec.env}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -64,6 +65,9 @@ POD_LABEL = {
     "pytorchjob": "training.kubeflow.org/job-name",
     "trainjob": "jobset.sigs.k8s.io/jobset-name",
 }
+ARRAY = "array"  # the workload of a job id: an Indexed Job of which each index is a run of its own
+ARRAY_LABEL = "llmops.trials"  # of such a Job, with their number
+INDEX = "batch.kubernetes.io/job-completion-index"  # label and annotation of an Indexed Job's pod
 
 
 def resource_of(item: Mapping[str, Any]) -> Resource:
@@ -76,23 +80,45 @@ def resource_of(item: Mapping[str, Any]) -> Resource:
 
 
 class JobId(NamedTuple):
-    """What ``<context>/<namespace>/<workload>/<name>`` says. ``context`` is empty for the cluster around us."""
+    """What ``<context>/<namespace>/<workload>/<name>`` says, or ``…/array/<name>/<index>`` of one element of an array.
+
+    ``context`` is empty for the cluster around us.
+    """
 
     context: str
     namespace: str
     workload: str
     name: str
     kubeconfig: str = ""  # only where the config named one: the file that holds the context
+    position: int | None = None  # of the element, in an array
 
     def __str__(self) -> str:
         where = quote(self.context, safe="@:+=,~ ") + (f"?{quote(self.kubeconfig, safe='')}" if self.kubeconfig else "")
-        return "/".join([where, self.namespace, self.workload, self.name])
+        element = [] if self.position is None else [str(self.position)]
+        return "/".join([where, self.namespace, self.workload, self.name, *element])
+
+    @property
+    def kind(self) -> str:
+        """Its kind of object, a key of :data:`WORKLOADS`."""
+        return "job" if self.workload == ARRAY else self.workload
+
+    @property
+    def resource(self) -> Resource:
+        """Where its object is."""
+        return WORKLOADS[self.kind]
+
+    def element(self, index: int) -> JobId:
+        """One element of an array. Another workload has one only: itself."""
+        return self._replace(position=index) if self.workload == ARRAY else self
 
     @classmethod
     def parse(cls, text: str) -> JobId | None:
         """None for what is no job id of this backend."""
         parts = text.split("/")
-        if len(parts) != 4 or parts[2] not in WORKLOADS or not parts[3]:
+        if len(parts) not in (4, 5) or parts[2] not in (*WORKLOADS, ARRAY) or not parts[3]:
             return None
+        if len(parts) == 5 and (parts[2] != ARRAY or not re.fullmatch(r"0|[1-9][0-9]*", parts[4])):
+            return None
+        position = int(parts[4]) if len(parts) == 5 else None
         context, _, kubeconfig = parts[0].partition("?")
-        return cls(unquote(context), parts[1], parts[2], parts[3], unquote(kubeconfig))
+        return cls(unquote(context), parts[1], parts[2], parts[3], unquote(kubeconfig), position)

@@ -15,6 +15,7 @@ from llmops.backends.base import Rejected, Submission
 from llmops.backends.k8s import client
 from llmops.backends.k8s.resources import WORKLOADS, JobId
 from llmops.errors import UserError
+from llmops.job import Array
 from tests.k8s.api import recorded
 from tests.k8s.api.server import ApiServer
 from tests.k8s.api.test_submit import put_pods, real, stored
@@ -25,14 +26,15 @@ ROLES = Path(__file__).parents[3] / "k8s"
 RUN = "Train_it-20260101-abcd"
 
 
-def submission(tag: str = f"{RUN}.0.0123abcd", **cluster: Any) -> Submission:
+def submission(tag: str = f"{RUN}.0.0123abcd", trials: int = 0, **cluster: Any) -> Submission:
     """What the launcher would submit."""
-    backend, of = k8s.K8sBackend(), build.cluster(nodes=2, **cluster)
+    backend, of = k8s.K8sBackend(), build.cluster(**{"nodes": 2, **cluster})
     backend.check(of, f"s3://bucket/runs/{RUN}")
     options = backend.options(
-        of, {"tag": tag, "run_id": RUN, "runs_url": "s3://bucket/runs", "warning_s": 0, "save_s": 20}
+        of, {"tag": tag, "run_id": RUN, "runs_url": "s3://bucket/runs", "warning_s": 0, "save_s": 20, "trials": trials}
     )
-    spec = build.spec(options["workload"], of, run_id=RUN, tag=tag, options=options)
+    array = Array([[0, trials - 1]], trials, None) if trials else None
+    spec = build.spec(options["workload"], of, run_id=RUN, tag=tag, options=options, array=array)
     return Submission(spec, None, backend.render(of, spec, None), [])
 
 

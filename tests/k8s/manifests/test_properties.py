@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmops.backends.k8s import manifests
+from llmops.backends.k8s.resources import ARRAY, JobId
 from llmops.config import k8s_rules
 from llmops.config.schema import K8sCluster
 from llmops.errors import UserError
+from llmops.job import Array
 from llmops.render import json_value
 from tests.k8s.manifests.build import WORKLOADS, cluster, pods, spec
 from tests.k8s.manifests.schemas import problems
@@ -227,18 +229,19 @@ def test_what_kubernetes_expands_arrives_as_it_was(text):
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-@given(st.sampled_from(WORKLOADS), clusters(), ENV, RUN_ID, TEXT, st.booleans())
+@given(st.sampled_from((*WORKLOADS, ARRAY)), clusters(), ENV, RUN_ID, TEXT, st.booleans())
 def test_any_run_gives_valid_objects(workload, of, env, run_id, python, shared):
     env = {name: text for name, text in {**env, "A": "$(x) $$ $é $"}.items() if name not in of.secret_env}
     python += "$(x)"
-    job = spec(workload, of, run_id=run_id, env=env, python=python)
+    array = Array([[0, 9]], 10, None) if workload == ARRAY else None
+    job = spec(workload, of, run_id=run_id, env=env, python=python, array=array)
     text = manifests.render(of, job, Path("/runs/$(agent) é.pyz") if shared else None)
     found = manifests.load(text)
     assert list(yaml.load_all(text, OldYaml)) == found
     assert [problem for item in found for problem in problems(item)] == []
     by_kind = {item["kind"]: item for item in found}
     assert len(by_kind) == len(found)
-    assert found[-1]["kind"] == manifests.KINDS[workload]
+    assert found[-1]["kind"] == JobId("", "", workload, "").resource.kind
     for item in found:
         assert manifests.labels(run_id, 0).items() <= item["metadata"]["labels"].items()
     for pod in pods(by_kind):
