@@ -31,14 +31,14 @@ PATIENCE_S = 600.0
 # After everything is imported and composed: what is left is to write the study down and to hand it over.
 SUBMIT = """
 import sys, time
-from llmops import api
+from llmops import studies
 count, url = int(sys.argv[1]), sys.argv[2]
 began = time.perf_counter()
-prepared = api.prepare_sweep(
+prepared = studies.prepare(
     ["cluster=slurm", "recipe=tiny", f"train.seed=range(0,{count})", 'cluster.extra=["--hold"]'], runs_url=url
 )
 composed = time.perf_counter()
-api.sweep(prepared)
+studies.start(prepared)
 print(composed - began, time.perf_counter() - composed)
 """
 SUBMITIT = """

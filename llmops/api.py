@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmops import backends, launch
 from llmops.backends.base import Look
@@ -16,12 +16,6 @@ from llmops.job import JobView
 from llmops.runs import records
 from llmops.runs.model import Run
 from llmops.runs.store import Store, default_runs_url, open_store
-
-if TYPE_CHECKING:
-    from llmops.sweep.launch import PreparedStudy
-    from llmops.sweep.model import TrialRow
-    from llmops.sweep.records import Study
-    from llmops.sweep.resume import Plan
 
 OVER = ("finished", "failed", "cancelled")
 CANCEL_TIMEOUT_S = 60.0
@@ -51,10 +45,10 @@ def prepare(
     """Compose, check and plan a run without writing anything. Raises :class:`UserError` for what cannot work."""
     from llmops.config.compose import load_config
 
-    return launch.prepare(load_config(_overrides(overrides, backend, name, command), config_dir), runs_url)
+    return launch.prepare(load_config(all_overrides(overrides, backend, name, command), config_dir), runs_url)
 
 
-def _overrides(overrides: Sequence[str], backend: str | None, name: str | None, command: Sequence[str]) -> list[str]:
+def all_overrides(overrides: Sequence[str], backend: str | None, name: str | None, command: Sequence[str]) -> list[str]:
     """All that was asked for, as overrides."""
     from llmops.config.overrides import assign
 
@@ -108,10 +102,10 @@ def status(run: Run) -> Status:
 
 
 def _statuses(runs: Sequence[Run]) -> list[Status]:
-    return _survey(runs, {})[0]
+    return survey(runs, {})[0]
 
 
-def _survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[list[Status], dict[str, JobView]]:
+def survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[list[Status], dict[str, JobView]]:
     """States of runs, and views of jobs that are ``wanted`` besides, with one look at each scheduler.
 
     Runs that have ended are not asked about.
@@ -123,50 +117,22 @@ def _survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[l
         if run.job_id and not _ended(run):
             job_ids.setdefault(run.backend, []).append(run.job_id)
         elif tag := _lost_tag(run):
-            if expected := _expected_job(run.store, run.submissions[-1].number):
+            if expected := expected_job(run.store, run.submissions[-1].number):
                 named[tag] = expected
                 job_ids.setdefault(run.backend, []).append(expected)
             else:
                 tags.setdefault(run.backend, []).append(tag)
-    looks = {name: _look(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
+    looks = {name: look(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
     found = []
     for run in runs:
         look = looks.get(run.backend)
-        adopted = _adopt(run, {**look.found, **_there(named, look)}) if look else run
+        adopted = _adopt(run, {**look.found, **those_there(named, look)}) if look else run
         view = look.views.get(adopted.job_id) if look and adopted.job_id else None
         found.append(_status(adopted, view))
     return found, {job_id: view for look in looks.values() for job_id, view in look.views.items()}
 
 
-def overview(refs: Sequence[str] = (), runs_url: str | None = None) -> list[dict[str, Any]]:
-    """The named runs and studies, or all of them, as :func:`describe` has them, oldest first.
-
-    A study is one of them, whatever the number of its trials; there is one look at each scheduler for all.
-    """
-    from llmops.sweep import status as sweeps
-    from llmops.sweep.records import load_study
-
-    url = runs_url or default_runs_url()
-    store = open_store(url)
-    named = {ref: records.find_study(url, ref) for ref in refs if records.is_study(url, ref)}
-    runs = [records.find_run(url, ref) for ref in refs if ref not in named] if refs else records.list_runs(url)
-    ids = named.values() if refs else records.list_studies(store)
-    readings, damaged = [], []
-    for study in ids:
-        try:
-            readings.append(sweeps.read(sweeps.settle(adopt(load_study(store.sub(study))), heal=False)))
-        except UserError as error:  # one damaged study must not hide all others
-            damaged.append(sweeps.describe_damaged(f"{store.url}/{study}", str(error)))
-    wanted: dict[str, list[str]] = {}
-    for reading in readings:
-        for name, job_ids in reading.wanted.items():
-            wanted.setdefault(name, []).extend(job_ids)
-    found, views = _survey(runs, wanted)
-    described = describe(found) + [sweeps.describe(reading.study, reading.rows(views)) for reading in readings]
-    return sorted([*described, *damaged], key=lambda each: (each["created"] or 0.0, each["id"]))
-
-
-def _look(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
+def look(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
     try:
         return backends.load(name).look(job_ids, tags)
     except ClusterError as error:
@@ -223,14 +189,14 @@ def _lost_tag(run: Run) -> str | None:
     return newest.tag
 
 
-def _expected_job(store: Store, number: int) -> str | None:
+def expected_job(store: Store, number: int) -> str | None:
     """The id of a submission's job, where jobs are named before they are made, as on Kubernetes."""
     spec = launch.stored_spec(store, number) or {}
     job_id = spec.get("options", {}).get("job_id")
     return None if job_id is None else str(job_id)
 
 
-def _there(named: Mapping[str, str], look: Look) -> dict[str, str]:
+def those_there(named: Mapping[str, str], look: Look) -> dict[str, str]:
     """Those of the expected jobs that the scheduler has."""
     states = {tag: look.views[job_id].state for tag, job_id in named.items() if job_id in look.views}
     return {tag: named[tag] for tag, state in states.items() if state not in ("gone", "unreachable")}
@@ -302,7 +268,7 @@ def resume(
     if now.state == "unknown" and now.run.job_id is None:
         # Its submission may have been accepted without an answer; only its scheduler knows.
         for submission in now.run.submissions[-1:]:
-            if expected := _expected_job(now.run.store, submission.number):
+            if expected := expected_job(now.run.store, submission.number):
                 view = backends.load(submission.backend).look([expected]).views[expected]
                 if view.state == "unreachable":
                     what = "it is not known whether it has a job"
@@ -348,153 +314,3 @@ def describe(found: Sequence[Status]) -> list[dict[str, Any]]:
 
     jobs = {item.run.job_id: item.job for item in found if item.job and item.run.job_id}
     return view.describe([item.run for item in found], jobs)
-
-
-# Studies
-
-
-def prepare_sweep(
-    overrides: Sequence[str] = (),
-    *,
-    backend: str | None = None,
-    name: str | None = None,
-    command: Sequence[str] = (),
-    config_dir: Path | None = None,
-    runs_url: str | None = None,
-    trials: int | None = None,
-    max_parallel: int | None = None,
-    commands: Sequence[Sequence[str]] = (),
-) -> PreparedStudy:
-    """Read the space, check its points and the backend, without writing anything.
-
-    ``commands``: whole command lines to choose from, as one more axis; ``command`` is one of them then. Raises
-    :class:`UserError` for what cannot work.
-    """
-    from llmops.sweep import launch as sweeps
-    from llmops.sweep.model import Axis
-
-    full = _overrides(overrides, backend, name, command)
-    full += [f"sweep.trials={trials}"] if trials is not None else []
-    full += [f"sweep.max_parallel={max_parallel}"] if max_parallel is not None else []
-    axis = Axis(key="command", kind="choice", values=[list(each) for each in commands]) if commands else None
-    return sweeps.prepare(full, config_dir, runs_url, axis)
-
-
-def dry_run_sweep(prepared: PreparedStudy) -> str:
-    """The script or objects that would be submitted, but for the random parts of their names."""
-    from llmops.sweep import launch as sweeps
-
-    return sweeps.dry_run(prepared)
-
-
-def sweep(prepared: PreparedStudy) -> Study:
-    """Submit all trials of a prepared study."""
-    from llmops.sweep import launch as sweeps
-
-    return sweeps.start(prepared)
-
-
-def find_study(ref: str | None, runs_url: str | None = None) -> Study:
-    """The study that ``ref`` means (name, id or unambiguous prefix); the newest one when it is None."""
-    from llmops.sweep.records import load_study
-
-    url = runs_url or default_runs_url()
-    store = open_store(url)
-    if ref is not None:
-        return load_study(store.sub(records.find_study(url, ref)))
-    ids = records.list_studies(store)
-    if not ids:
-        raise UserError(f"there are no studies in {url}; `llmops sweep` starts one")
-    return load_study(store.sub(ids[-1]))
-
-
-def trials(study: Study, with_points: bool = False) -> list[TrialRow]:
-    """All trials of a study, as they are now; with their learning curves where asked for."""
-    from llmops.sweep import status as sweeps
-
-    reading = sweeps.read(sweeps.settle(adopt(study)), with_points)
-    return reading.rows(_survey([], reading.wanted)[1])
-
-
-def describe_study(study: Study, rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """The stable JSON object of ``llmops sweep status --json``."""
-    from llmops.sweep import report
-
-    summary = report.summary(study.record, rows)
-    return {"id": study.id, "name": study.record.name, "url": study.url, **summary, "trials": _plain(rows)}
-
-
-def _plain(value: Any) -> Any:
-    import msgspec
-
-    return msgspec.to_builtins(value)
-
-
-def adopt(study: Study) -> Study:
-    """The study with jobs registered that were accepted without an answer."""
-    from llmops.sweep.records import load_study
-
-    lost = {each.tag: each for each in study.submissions if not each.job_id and not each.failed}
-    for name in {each.backend for each in lost.values()}:
-        mine = {tag: each.number for tag, each in lost.items() if each.backend == name}
-        named = {tag: job_id for tag, number in mine.items() if (job_id := _expected_job(study.store, number))}
-        look = _look(name, list(named.values()), [tag for tag in mine if tag not in named])
-        for tag, job_id in {**look.found, **_there(named, look)}.items():
-            records.register_job(study.store, lost[tag].number, job_id, "launcher")
-    return load_study(study.store) if lost else study
-
-
-def plan_sweep(study: Study, overrides: Sequence[str], add: int, allow_changes: bool = False) -> Plan:
-    """Which trials a resume would run. Raises :class:`UserError` for changes, unless they are allowed."""
-    from llmops.sweep import resume as sweeps
-
-    if add < 0:
-        raise UserError(f"--trials {add}: give how many trials to add, 0 or more")
-    rows = trials(study)
-    return sweeps.plan(find_study(study.id, records.root_of(study.url)), rows, overrides, add, allow_changes)
-
-
-def resume_sweep(study: Study, plan: Plan, max_parallel: int | None = None) -> Study:
-    """Submit what was planned."""
-    from llmops.sweep import resume as sweeps
-
-    return sweeps.resume(study, plan, max_parallel)
-
-
-def cancel_study(study: Study, graceful: bool = False, wait: bool = True) -> dict[str, Any]:
-    """End a study for good; it as :func:`overview` describes it then. ``wait``: as for :func:`cancel`."""
-    from llmops.sweep import cancel as sweeps
-
-    def live() -> dict[int, str]:
-        states = ("running", "preempted")
-        return {row.trial: row.job_id for row in trials(study) if row.state in states and row.job_id}
-
-    sweeps.cancel_study(adopt(study), graceful, live())
-    deadline = time.monotonic() + (SAVE_TIMEOUT_S if graceful else CANCEL_TIMEOUT_S)
-    pause = 0.2
-    while wait and live() and time.monotonic() < deadline:
-        time.sleep(pause)
-        pause = min(2 * pause, 2.0)
-    return overview([study.id], records.root_of(study.url))[0]
-
-
-def is_study(ref: str, runs_url: str | None = None) -> bool:
-    """Whether ``ref`` means a study, and no run."""
-    return records.is_study(runs_url or default_runs_url(), ref)
-
-
-def is_waiting(ref: str, runs_url: str | None = None) -> bool:
-    """Whether ``ref`` means a trial that has not begun yet, as ``STUDY/12``."""
-    study_ref, slash, number = ref.rpartition("/")
-    if not slash or not number.isdigit():
-        return False
-    study = find_study(study_ref, runs_url)
-    return int(number) in study.trials() and not study.trial_store(int(number)).exists("run.json")
-
-
-def cancel_waiting(ref: str, runs_url: str | None = None) -> None:
-    """Cancel a trial for which :func:`is_waiting` is true."""
-    from llmops.sweep import cancel as sweeps
-
-    study_ref, _, number = ref.rpartition("/")
-    sweeps.cancel_waiting(find_study(study_ref, runs_url), int(number))

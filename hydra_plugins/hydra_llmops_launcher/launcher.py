@@ -50,7 +50,7 @@ class LlmopsLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One study for all jobs. Without ``wait`` they count as completed, with None as their value."""
-        from llmops import api
+        from llmops import studies
         from llmops.errors import ClusterError, UserError
 
         assert self.config is not None
@@ -58,7 +58,7 @@ class LlmopsLauncher(Launcher):
         commands = [self._command(folder, each) for folder, each in zip(folders, job_overrides, strict=True)]
         fixed = ["code.enabled=false", "sweep.objective=none", *self.overrides]
         try:
-            prepared = api.prepare_sweep(
+            prepared = studies.prepare(
                 fixed,
                 backend=self.backend,
                 name=self.name or str(self.config.hydra.job.name),
@@ -67,7 +67,7 @@ class LlmopsLauncher(Launcher):
                 runs_url=self.runs_url,
                 max_parallel=self.max_parallel,
             )
-            study = api.sweep(prepared)
+            study = studies.start(prepared)
         except (UserError, ClusterError) as error:
             raise RuntimeError(f"llmops: {error}") from error
         _LOG.info("%s: %d jobs submitted; `llmops sweep status %s`", study.id, len(commands), study.id)
@@ -78,13 +78,13 @@ class LlmopsLauncher(Launcher):
 
     def _collect(self, study_id: str, folders: Sequence[Path], returns: Sequence[JobReturn]) -> None:
         """Wait for all jobs, however long the cluster takes, and fetch what they returned."""
-        from llmops import api
+        from llmops import studies
         from llmops.errors import ClusterError
 
         rows: list[TrialRow] = []
         while not rows or any(row.state in _LEFT for row in rows):
             try:
-                rows = api.trials(api.find_study(study_id, self.runs_url))
+                rows = studies.trials(studies.find(study_id, self.runs_url))
             except ClusterError as error:
                 _LOG.warning("%s: %s; looking again", study_id, error)
             time.sleep(self.poll_s)

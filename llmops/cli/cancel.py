@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llmops import api
+from llmops import api, studies
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +19,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Cancel each run; those that are over stay as they are."""
     url = arguments.runs_url
     # All are looked up before the first is touched: a typo in the third must not leave two cancelled.
-    studies = [api.find_study(ref, url) for ref in arguments.refs if api.is_study(ref, url)]
-    others = [ref for ref in arguments.refs if not api.is_study(ref, url)]
-    waiting = [ref for ref in others if api.is_waiting(ref, url)]
+    found_studies = [studies.find(ref, url) for ref in arguments.refs if studies.is_study(ref, url)]
+    others = [ref for ref in arguments.refs if not studies.is_study(ref, url)]
+    waiting = [ref for ref in others if studies.is_waiting(ref, url)]
     found = [api.find(ref, url) for ref in others if ref not in waiting]
-    for study in studies:
-        after = api.cancel_study(study, arguments.graceful, wait=not arguments.no_wait)
+    for study in found_studies:
+        after = studies.cancel(study, arguments.graceful, wait=not arguments.no_wait)
         print(f"{study.id}: {after['reason']}")
     for ref in waiting:
-        api.cancel_waiting(ref, url)
+        studies.cancel_waiting(ref, url)
         print(f"{ref}: cancelled before it began")
     for each in found:
         before = api.status(each)

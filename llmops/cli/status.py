@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from llmops import api
+from llmops import api, studies
 from llmops.errors import UserError
 
 MAX_INTERVAL_S = 86400
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--interval {arguments.interval:g}: give seconds, less than {MAX_INTERVAL_S}")
 
     def fetch() -> list[dict[str, Any]]:
-        return api.overview(arguments.refs, arguments.runs_url)
+        return studies.overview(arguments.refs, arguments.runs_url)
 
     if arguments.watch:
         view.watch(fetch, max(arguments.interval, 1.0))
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif len(arguments.refs) == 1 and "trials" in described[0]:
         from llmops.cli import sweep_status
 
-        return sweep_status.show(api.find_study(described[0]["id"], arguments.runs_url))
+        return sweep_status.show(studies.find(described[0]["id"], arguments.runs_url))
     elif len(arguments.refs) == 1:
         view.render_run(described[0], view.loss_points(api.find(described[0]["id"], arguments.runs_url)))
     elif not arguments.watch:

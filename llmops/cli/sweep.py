@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llmops import api
+from llmops import studies
 from llmops.errors import UserError
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     verbless = next((word for word in arguments.overrides if "=" not in word and not word.startswith("~")), None)
     if verbless is not None:
         raise UserError(f"sweep {verbless}: neither an override (key=value) nor one of status, report, best, resume")
-    prepared = api.prepare_sweep(
+    prepared = studies.prepare(
         arguments.overrides,
         backend=arguments.backend,
         name=arguments.name,
@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     count = prepared.record.trials
     if arguments.dry_run:
-        print(api.dry_run_sweep(prepared), end="")
+        print(studies.dry_run(prepared), end="")
         print(f"# {count} trials of {len(prepared.record.axes)} keys; nothing was submitted")
         return 0
-    study = api.sweep(prepared)
+    study = studies.start(prepared)
     jobs = ", ".join(each.job_id for each in study.submissions if each.job_id)
     if arguments.json:
         print(json.dumps({"id": study.id, "url": study.url, "trials": count, "job_ids": jobs.split(", ")}, indent=1))

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 
-from llmops import api
+from llmops import studies
 from llmops.errors import UserError
 
 
@@ -23,8 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the best trial. Exit code 1 when there is none yet."""
     from llmops.sweep import report
 
-    study = api.find_study(arguments.study, arguments.runs_url)
-    found = report.best(study.record, api.trials(study))
+    study = studies.find(arguments.study, arguments.runs_url)
+    found = report.best(study.record, studies.trials(study))
     if found is None:
         raise UserError(f"{study.id}: no trial has a value yet; `llmops sweep status` tells why")
     overrides = report.as_overrides(study.record, found)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llmops import api
+from llmops import studies
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from llmops.sweep import report
 
-    study = api.find_study(arguments.study, arguments.runs_url)
-    rows = api.trials(study, with_points=arguments.html is not None)
+    study = studies.find(arguments.study, arguments.runs_url)
+    rows = studies.trials(study, with_points=arguments.html is not None)
     if arguments.html is not None:
         from llmops.sweep import page
 

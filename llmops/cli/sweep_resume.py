@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llmops import api
+from llmops import studies
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Submit what is left, and say what that is."""
-    study = api.find_study(arguments.study, arguments.runs_url)
-    plan = api.plan_sweep(study, arguments.overrides, arguments.trials, arguments.allow_changes)
+    study = studies.find(arguments.study, arguments.runs_url)
+    plan = studies.plan(study, arguments.overrides, arguments.trials, arguments.allow_changes)
     given_up = f"; {len(plan.given_up)} failed too often (sweep.max_reruns)" if plan.given_up else ""
     said = f"{len(plan.again)} trials run again, {len(plan.new)} are new{given_up}"
     if arguments.dry_run:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{study.id}: nothing is left to run{given_up}")
         return 0
     before = len(study.submissions)
-    resumed = api.resume_sweep(study, plan, arguments.max_parallel)
+    resumed = studies.resume(study, plan, arguments.max_parallel)
     jobs = ", ".join(each.job_id for each in resumed.submissions[before:] if each.job_id)
     print(f"resumed {study.id}: {said} ({resumed.submissions[-1].backend} job {jobs})")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from llmops import api
+from llmops import studies
 
 if TYPE_CHECKING:
     from llmops.sweep.records import Study
@@ -21,9 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Show the study's trials."""
-    study = api.find_study(arguments.study, arguments.runs_url)
+    study = studies.find(arguments.study, arguments.runs_url)
     if arguments.json:
-        print(json.dumps(api.describe_study(study, api.trials(study)), indent=1))
+        print(json.dumps(studies.describe(study, studies.trials(study)), indent=1))
         return 0
     return show(study)
 
@@ -32,5 +32,5 @@ def show(study: Study) -> int:
     """The table."""
     from llmops.sweep import table
 
-    table.show(study, api.trials(study))
+    table.show(study, studies.trials(study))
     return 0
