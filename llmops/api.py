@@ -122,7 +122,7 @@ def survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[li
                 job_ids.setdefault(run.backend, []).append(expected)
             else:
                 tags.setdefault(run.backend, []).append(tag)
-    looks = {name: look(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
+    looks = {name: ask(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
     found = []
     for run in runs:
         look = looks.get(run.backend)
@@ -132,7 +132,8 @@ def survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[li
     return found, {job_id: view for look in looks.values() for job_id, view in look.views.items()}
 
 
-def look(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
+def ask(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
+    """One look at the scheduler of backend ``name``; jobs of one that does not answer are ``unreachable``."""
     try:
         return backends.load(name).look(job_ids, tags)
     except ClusterError as error:

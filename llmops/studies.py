@@ -132,7 +132,7 @@ def adopt(study: Study) -> Study:
     for name in {each.backend for each in lost.values()}:
         mine = {tag: each.number for tag, each in lost.items() if each.backend == name}
         named = {tag: job_id for tag, number in mine.items() if (job_id := api.expected_job(study.store, number))}
-        look = api.look(name, list(named.values()), [tag for tag in mine if tag not in named])
+        look = api.ask(name, list(named.values()), [tag for tag in mine if tag not in named])
         for tag, job_id in {**look.found, **api.those_there(named, look)}.items():
             records.register_job(study.store, lost[tag].number, job_id, "launcher")
     return load_study(study.store) if lost else study
