@@ -28,15 +28,15 @@ PYTHON = sys.executable
 BIN = Path(sys.executable).parent
 ONE_BY_ONE = 200  # trials, at most
 PATIENCE_S = 600.0
-# After everything is imported and composed: what is left is to write the study down and to hand it over.
+# After everything is imported and composed: what is left is to write the study down and to hand it over. Raw sbatch
+# takes no snapshot of the code, so neither does this; the whole command below does.
 SUBMIT = """
 import sys, time
 from llmops import studies
 count, url = int(sys.argv[1]), sys.argv[2]
 began = time.perf_counter()
-prepared = studies.prepare(
-    ["cluster=slurm", "recipe=tiny", f"train.seed=range(0,{count})", 'cluster.extra=["--hold"]'], runs_url=url
-)
+overrides = ["cluster=slurm", "code.enabled=false", "recipe=tiny", 'cluster.extra=["--hold"]']
+prepared = studies.prepare([*overrides, f"train.seed=range(0,{count})"], runs_url=url)
 composed = time.perf_counter()
 studies.start(prepared)
 print(composed - began, time.perf_counter() - composed)

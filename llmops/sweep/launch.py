@@ -15,6 +15,7 @@ from llmops.config.compose import finish
 from llmops.config.schema import RunConfig
 from llmops.errors import UserError
 from llmops.runs import records as runs
+from llmops.runs.store import Store
 from llmops.sweep import compose, objective, points, records, space
 from llmops.sweep.model import Axis, Changes, StudyRecord
 from llmops.sweep.optimizer import database_url, needed
@@ -148,21 +149,21 @@ def start(prepared: PreparedStudy) -> records.Study:
     record = msgspec.structs.replace(prepared.record, code=code)
     store = records.create_study(base.runs.url, record, base.composed.yaml_text.encode(), prepared.bases.to_bytes())
     arrays = batches(range(record.trials), prepared.most)
-    submit(base, records.load_study(store), arrays, launch.Origin(archive, parallel=prepared.parallel))
+    submit(base, store, arrays, launch.Origin(archive, parallel=prepared.parallel))
     return records.load_study(store)
 
 
 def submit(
     base: launch.Prepared,
-    study: records.Study,
+    study: Store,
     arrays: Sequence[Sequence[int]],
     origin: launch.Origin,
     changes: Changes | None = None,
 ) -> None:
-    """Hand trials to the scheduler, one submission an array."""
-    number = runs.next_submission(study.store)
+    """Hand trials to the scheduler, one submission an array. ``study``: its directory."""
+    number = runs.next_submission(study)
     for trials in arrays:
         if changes is not None:
-            records.write_changes(study.store, number, changes)
-        launch.submit(base, study.store, number, "config.yaml", dataclasses.replace(origin, trials=trials))
+            records.write_changes(study, number, changes)
+        launch.submit(base, study, number, "config.yaml", dataclasses.replace(origin, trials=trials))
         number += 1

@@ -83,7 +83,7 @@ def resume(study: records.Study, plan: Plan, max_parallel: int | None) -> record
     parallel = max_parallel or plan.composed.config.sweep.max_parallel
     most = check_backend(base, len(plan.trials), parallel)
     origin = launch.Origin(archive, work_dir, parallel=parallel)
-    submit(base, study, batches(plan.trials, most), origin, plan.changes)
+    submit(base, study.store, batches(plan.trials, most), origin, plan.changes)
     return records.load_study(study.store)
 
 
