@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from typing import Any
@@ -38,12 +39,14 @@ class Connection:
         return self.sock.fileno()
 
     def send(self, message: Message) -> None:
-        """Send one message; a connection that cannot take it is closed, which the reader sees as a lost peer."""
+        """Send one message; a connection that cannot take it is shut down, which the reader sees as a lost peer."""
         try:
             self.sock.settimeout(self.SEND_TIMEOUT)
             self.sock.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
-            self.close()
+            # Not closed: a selector forgets a closed socket without a word, and nobody would learn of the loss.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> list[Message] | None:
         """The messages that have arrived, or None when the other side is gone."""

@@ -269,7 +269,7 @@ def describe_damaged(url: str, problem: str) -> dict[str, Any]:
 def _state(counts: Counter[str], over: int, total: int) -> str:
     """A study runs while one of its trials does, and is finished when all have ended in one way or another."""
     if over < total:
-        return next(state for state in ("running", "preempted", "pending", "unknown") if counts[state])
+        return next((state for state in ("running", "preempted", "pending") if counts[state]), "unknown")
     for state in ("failed", "cancelled"):
         if counts[state] == total:
             return state

@@ -1,7 +1,7 @@
 """``python -m llmops.sweep.trial``: make the run of a trial, inside its own job. Run again, it finds what is there.
 
-Prints one JSON object: ``submission`` of the run and ``params``, or ``nothing`` and why. Exit code 2 for what no later
-attempt would change, 1 for what may be better then.
+Prints one JSON object: ``submission`` of the run and ``params``. Exit code 2 for what no later attempt would change, 1
+for what may be better then.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -300,3 +302,21 @@ def test_the_zipapp_is_the_same_every_time_and_starts_without_llmops(tmp_path):
     done = subprocess.run([sys.executable, "-I", "-S", str(path), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "local,slurm,k8s,pool,node" in done.stdout
+
+
+def test_a_peer_that_was_lost_while_it_was_written_to_is_seen() -> None:
+    """Also by a selector that was waiting before: it forgets a socket that is closed."""
+    server = socket.create_server(("127.0.0.1", 0))
+    far = socket.create_connection(server.getsockname())
+    near, _ = server.accept()
+    connection = Connection(near)
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()  # with a reset
+        for _ in range(3):
+            connection.send({"type": "here"})
+        assert selector.select(5), "nobody would learn of the loss"
+        assert connection.receive() is None
+        selector.unregister(connection)
+    server.close()
