@@ -42,7 +42,9 @@ def exited() -> dict[int, str]:
 
 @pytest.mark.parametrize("code", EXIT_CODES)
 def test_accounting_drops_bit_7_of_the_exit_code(code: int, exited: dict[int, str]) -> None:
-    assert accounting(exited[code], "exitcode") == ["FAILED", EXIT_CODES[code]]
+    # The state reaches the accounting first, and the code with a later message.
+    expected = ["FAILED", EXIT_CODES[code]]
+    wait_for(lambda: accounting(exited[code], "exitcode") == expected, 20, f"the exit code of job {exited[code]}")
 
 
 def test_scontrol_keeps_the_whole_exit_code(exited: dict[int, str]) -> None:

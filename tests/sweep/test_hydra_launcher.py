@@ -18,6 +18,8 @@ APP = """
 import os
 import hydra
 
+pytestmark = pytest.mark.processes
+
 @hydra.main(version_base="1.3", config_path=None)
 def main(config):
     print("point", config.a, config.get("text"), os.environ["LLMOPS_RUN_ID"], flush=True)
