@@ -296,7 +296,7 @@ def check_growth(nursery: Nursery, tmp_path: Path, url: str) -> None:
     """Saves of 1 MB leave memory and open files as they are. Allocators may settle once: a leak goes on."""
     ranks = nursery.start(tmp_path / "ranks", url, every=1, keep_last=2, megabytes=1, step_s=0).wait_ready()
     reports = []
-    for saves in (20, 60, 100):
+    for saves in (20, 60, 100, 140, 180):  # a leak shows in each of the intervals
         ranks.wait(lambda saves=saves: len(ranks.committed()) >= saves, f"{saves} saves")
         reports.append(ranks.report())
     for rank in (0, 1):
