@@ -268,7 +268,8 @@ def cancel_all(timeout: float = 60) -> None:
     """Cancel every job of every user and wait until the queue is empty."""
 
     def empty() -> bool:
-        ids = run(["squeue", "-h", "-o", "%A"]).stdout.split()
+        # Arrays by their own id: that of an element alone is not always known to scancel.
+        ids = sorted(set(run(["squeue", "-h", "-o", "%F"]).stdout.split()))
         if ids:
             run(["scancel", *ids], check=False)
         return not ids
