@@ -326,7 +326,7 @@ kill_job_processes() {
 }
 
 cancel_jobs() {
-  squeue -h -o %A | xargs -r scancel >/dev/null 2>&1 || true
+  squeue -h -o %F | xargs -r scancel >/dev/null 2>&1 || true
   kill_job_processes
   no_jobs
 }
