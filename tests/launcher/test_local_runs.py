@@ -125,7 +125,7 @@ def test_a_program_that_cannot_be_started_says_why(local):
 
 
 def test_a_hung_rank_is_found_and_started_again(local, undisturbed):
-    run_id = local.submit(*TINY, "stop.hang_s=8")
+    run_id = local.submit(*TINY, "stop.hang_s=25")
     local.wait_step(run_id, 23)
     os.kill(local.ranks(run_id)[1], signal.SIGSTOP)
     value = local.wait(run_id, "finished")

@@ -31,7 +31,7 @@ def test_the_last_snapshot_of_ranks_that_die_is_committed(local, undisturbed, vi
 
 
 def test_a_hung_rank_loses_no_more(local, undisturbed):
-    run_id = local.submit(*SNAPSHOTS, "stop.hang_s=8")
+    run_id = local.submit(*SNAPSHOTS, "stop.hang_s=25")
     local.wait_step(run_id, 20)
     os.kill(local.ranks(run_id)[1], signal.SIGSTOP)
     value = local.wait(run_id, "finished")

@@ -14,11 +14,11 @@ import pytest
 from tests.launcher.harness import TREE, Launcher
 from tests.sweep.driver import Sweeper
 
+pytestmark = pytest.mark.processes
+
 APP = """
 import os
 import hydra
-
-pytestmark = pytest.mark.processes
 
 @hydra.main(version_base="1.3", config_path=None)
 def main(config):
