@@ -61,6 +61,8 @@ class JobSpec:
     format: int = 1
     options: dict[str, Any] = field(default_factory=dict)  # of the backend
     array: Array | None = None  # then this is no run's, but what the runs of a study have in common
+    metrics: dict[str, Any] = field(default_factory=dict)  # the section of the config
+    notify: dict[str, Any] = field(default_factory=dict)  # the section of the config; no secret, only their names
     study: dict[str, Any] | None = None  # of a run that is a trial: url, trial, submission
 
     def to_json(self) -> dict[str, Any]:

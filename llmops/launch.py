@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llmops import __version__, agent_zip, backends
 from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
 from llmops.config.compose import Composed
@@ -150,6 +152,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
         ),
         options=options,
         array=Array(records.pack(origin.trials), len(origin.trials), origin.parallel) if origin.trials else None,
+        metrics=msgspec.to_builtins(config.metrics),
+        notify=msgspec.to_builtins(config.notify),
         study=origin.study,
     )
 

@@ -61,6 +61,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     deterministic: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     log_every: PositiveInt = 1
+    peak_tflops: PositiveFloat | None = None
     threads_per_rank: PositiveInt = 1
 
 

@@ -75,6 +75,11 @@ def from_validation(
     error: msgspec.ValidationError, data: dict[str, Any], groups: Groups, overrides: Sequence[str]
 ) -> UserError:
     """The error for composed data that does not fit the schema."""
+    if named := re.fullmatch(r"Expected `str`.* - at `key` in `\$\.?(.*)`", str(error)):
+        key = named[1]
+        wrong = next(name for name in _value(data, key) if not isinstance(name, str))
+        shown = place(key.split("[")[0], groups, overrides)
+        return UserError(f"{shown}: YAML reads a name in {key} as {wrong}, not as text: quote it")
     text, _, path = str(error).partition(" - at `$")
     key = _named(data, path.rstrip("`").lstrip("."))
     cluster = _cluster(data)

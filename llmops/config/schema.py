@@ -55,6 +55,42 @@ class StopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     hang_s: NonNegativeFloat = 1800.0
 
 
+class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run's jobs serve to Prometheus. ``None`` leaves a choice to the job."""
+
+    enabled: bool = True
+    host: str | None = None
+    port: Port | None = None
+    pushgateway: str | None = None
+
+
+Event = Literal["finished", "failed", "crash_loop", "preempted"]
+
+
+class EmailConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a notification is sent as mail. ``password`` is the name of a variable, as in ``env:SMTP_PASSWORD``."""
+
+    to: list[str] = []
+    sender: str | None = None
+    host: str = "localhost"
+    port: Port = 25
+    tls: Literal["none", "starttls", "tls"] = "none"
+    user: str | None = None
+    password: str | None = None
+
+
+class NotifyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whom a run tells when something happens to it. ``webhook`` is the name of a variable, as in ``env:SLACK_URL``."""
+
+    events: list[Event] = msgspec.field(default_factory=lambda: ["finished", "failed", "crash_loop", "preempted"])
+    webhook: str | None = None
+    email: EmailConfig = EmailConfig()
+    command: list[str] = []
+    preemptions: PositiveInt = 5
+    window_h: PositiveFloat = 24.0
+    every_minutes: NonNegativeFloat = 10.0
+
+
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The container that the job's program runs in."""
 
@@ -233,6 +269,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     code: CodeConfig = CodeConfig()
     retry: RetryConfig = RetryConfig()
     stop: StopConfig = StopConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    notify: NotifyConfig = NotifyConfig()
     sweep: SweepConfig = SweepConfig()
     cluster: LocalCluster | SlurmCluster | K8sCluster
     model: ModelConfig

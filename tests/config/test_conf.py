@@ -72,7 +72,9 @@ def test_top_level_lists_every_key_with_its_default() -> None:
     del listed["defaults"]
     groups = {"cluster", "model", "train", "dist", "data", "eval", "checkpoint", "sweep"}
     assert list(listed) == [name for name in schema.RunConfig.__struct_fields__ if name not in groups]
-    for name, struct in {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}.items():
+    sections = {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}
+    sections |= {"metrics": schema.MetricsConfig, "notify": schema.NotifyConfig}
+    for name, struct in sections.items():
         assert msgspec.convert(listed[name], struct) == struct()
         assert list(listed[name]) == list(struct.__struct_fields__)
 
@@ -80,7 +82,18 @@ def test_top_level_lists_every_key_with_its_default() -> None:
 def test_every_key_has_a_comment() -> None:
     self_evident = {"name", "defaults", "dim", "nodes", "n_layers", "partition", "account", "qos", "container"}
     self_evident |= {"weight_decay", "beta1", "beta2", "eps", "seed", "norm_eps", "reservation", "gpus_per_node"}
-    self_evident |= {"cpus_per_rank", "mail_user", "log_every", "retry", "code", "stop", "backend", "tie_embeddings"}
+    self_evident |= {
+        "cpus_per_rank",
+        "mail_user",
+        "log_every",
+        "retry",
+        "code",
+        "stop",
+        "metrics",
+        "notify",
+        "backend",
+        "tie_embeddings",
+    }
     for file in [*SECTIONS, "config"]:
         for line in (conf_dir() / f"{file}.yaml").read_text().splitlines():
             found = re.match(r"\s*(\w+):", line)

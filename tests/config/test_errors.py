@@ -108,6 +108,10 @@ def test_config_dir_adds_options(own: Own) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "# @package _global_\ndefaults: [local@cluster]\nenv: {on: x}\n",
+            "YAML reads a name in env as True, not as text: quote it",
+        ),
         ("defaults: [slurm, _self_]\npartition: 12\n", "site.yaml:2: cluster.partition=12 does not fit: expected text"),
         ("defaults: [slurm, _self_]\npartitoin: x\n", "site.yaml:2: there is no key cluster.partitoin; did you mean"),
         (
