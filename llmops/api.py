@@ -114,7 +114,7 @@ def survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[li
     tags: dict[str, list[str]] = {}
     named: dict[str, str] = {}  # job ids by tag
     for run in runs:
-        if run.job_id and not _ended(run):
+        if run.job_id and not over_for_good(run):
             job_ids.setdefault(run.backend, []).append(run.job_id)
         elif tag := _lost_tag(run):
             if expected := expected_job(run.store, run.submissions[-1].number):
@@ -167,10 +167,10 @@ def pod_logs(run: Run, tail: int | None, done: Callable[[], bool] | None) -> Ite
 
 def has_ended(run: Run) -> bool:
     """Whether the run store alone, read anew, says that the run is over; no scheduler is asked."""
-    return _ended(records.load_run(run.store))
+    return over_for_good(records.load_run(run.store))
 
 
-def _ended(run: Run) -> bool:
+def over_for_good(run: Run) -> bool:
     """Whether the store alone says that the newest submission is over."""
     newest = run.newest
     return bool(
@@ -311,7 +311,22 @@ def resume(
 
 def describe(found: Sequence[Status]) -> list[dict[str, Any]]:
     """The stable JSON objects of ``llmops status --json``."""
-    from llmops.monitor import status as view
+    from llmops.monitor.describe import describe
 
     jobs = {item.run.job_id: item.job for item in found if item.job and item.run.job_id}
-    return view.describe([item.run for item in found], jobs)
+    return describe([item.run for item in found], jobs)
+
+
+def detail(run: Run) -> dict[str, Any]:
+    """All about one run, read anew: what :func:`describe` says, its timeline, goodput, curves and checkpoints."""
+    from llmops.monitor.detail import detail as read
+
+    now = status(run)
+    return read(now.run, now.job, time.time())
+
+
+def series(runs: Sequence[Run], points: int = 500) -> dict[str, dict[str, list[Any]]]:
+    """Curves of runs, by id, each of at most ``points`` steps."""
+    from llmops.monitor.detail import overlay
+
+    return overlay(runs, points)

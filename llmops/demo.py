@@ -48,8 +48,8 @@ def main() -> int:
             # The page a person watches: five looks a second.
             time.sleep(0.2)
     found = api.status(run)
-    (described,) = api.describe([found])
-    view.render_run(described, view.loss_points(found.run), console)
+    described = api.detail(run)
+    view.render_run(described, console)
     samples = found.run.store.get("samples.txt").decode("utf-8", "replace")
     console.rule("what the model writes")
     console.out(samples.strip(), highlight=False)

@@ -20,31 +20,9 @@ if TYPE_CHECKING:
 
 
 def overview(refs: Sequence[str] = (), runs_url: str | None = None) -> list[dict[str, Any]]:
-    """The named runs and studies, or all of them, as :func:`llmops.api.describe` has them, oldest first.
+    from llmops.overview import overview as see
 
-    A study is one of them, whatever the number of its trials; there is one look at each scheduler for all.
-    """
-    from llmops.sweep import status as sweeps
-    from llmops.sweep.records import load_study
-
-    url = runs_url or default_runs_url()
-    store = open_store(url)
-    named = {ref: records.find_study(url, ref) for ref in refs if records.is_study(url, ref)}
-    runs = [records.find_run(url, ref) for ref in refs if ref not in named] if refs else records.list_runs(url)
-    ids = named.values() if refs else records.list_studies(store)
-    readings, damaged = [], []
-    for study in ids:
-        try:
-            readings.append(sweeps.read(sweeps.settle(adopt(load_study(store.sub(study))), heal=False)))
-        except UserError as error:  # one damaged study must not hide all others
-            damaged.append(sweeps.describe_damaged(f"{store.url}/{study}", str(error)))
-    wanted: dict[str, list[str]] = {}
-    for reading in readings:
-        for name, job_ids in reading.wanted.items():
-            wanted.setdefault(name, []).extend(job_ids)
-    found, views = api.survey(runs, wanted)
-    described = api.describe(found) + [sweeps.describe(reading.study, reading.rows(views)) for reading in readings]
-    return sorted([*described, *damaged], key=lambda each: (each["created"] or 0.0, each["id"]))
+    return see(refs, runs_url).rows
 
 
 def prepare(
@@ -156,8 +134,9 @@ def resume(study: Study, plan: Plan, max_parallel: int | None = None) -> Study:
 
 
 def cancel(study: Study, graceful: bool = False, wait: bool = True) -> dict[str, Any]:
-    """End a study for good; it as :func:`overview` describes it then. ``wait``: as for :func:`llmops.api.cancel`."""
+    """End a study for good; what ``llmops status`` says of it then. ``wait``: as for :func:`llmops.api.cancel`."""
     from llmops.sweep import cancel as sweeps
+    from llmops.sweep import status
 
     def live() -> dict[int, str]:
         states = ("running", "preempted")
@@ -169,7 +148,7 @@ def cancel(study: Study, graceful: bool = False, wait: bool = True) -> dict[str,
     while wait and live() and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
-    return overview([study.id], records.root_of(study.url))[0]
+    return status.describe(find(study.id, records.root_of(study.url)), trials(study))
 
 
 def is_study(ref: str, runs_url: str | None = None) -> bool:

@@ -26,6 +26,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from llm.utils.structs import ready
+
 FORMAT = 2
 ROOT = "checkpoints"
 MANIFEST = "manifest.json"
@@ -315,3 +317,6 @@ def _decode(data: bytes, kind: type[M], path: str) -> M:
 
 class _Version(msgspec.Struct):
     format: int
+
+
+ready(PartManifest, Manifest, _Version)

@@ -19,6 +19,7 @@ import msgspec
 from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import is_committed
 from llm.utils.storage import Storage
+from llm.utils.structs import ready
 
 FOLDER = "leases"
 LEASE_S = 600.0
@@ -105,3 +106,6 @@ def leased(storage: Storage, now: float | None = None) -> set[Commit]:
     """The commits that somebody may be reading."""
     now = time.time() if now is None else now
     return {each.commit for each in read_leases(storage) if each.commit is not None and not each.expired(now)}
+
+
+ready(LeaseRecord)

@@ -10,6 +10,7 @@ import msgspec
 from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import is_committed
 from llm.utils.storage import Storage
+from llm.utils.structs import ready
 
 FOLDER = "tags"
 LATEST = "latest"  # not a tag: the newest commit of the lineage
@@ -87,3 +88,6 @@ def _read(storage: Storage, name: str) -> Commit | None:
         return Commit.parse(msgspec.json.decode(storage.read(_path(name)), type=Tag).commit)
     except (msgspec.MsgspecError, UnicodeDecodeError, CheckpointError):
         return None
+
+
+ready(Tag)

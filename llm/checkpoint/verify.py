@@ -29,6 +29,7 @@ from llm.checkpoint.format import (
 )
 from llm.checkpoint.lineage import is_committed, read_manifest, read_part
 from llm.utils.storage import Storage
+from llm.utils.structs import ready
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -348,3 +349,6 @@ def _names(held: Held) -> str:
     names = list(dict.fromkeys(name for name, _, _ in held))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"tensors {', '.join(names[:SHOWN])}{more}" if names else "no tensor"
+
+
+ready(_Entry)

@@ -34,6 +34,7 @@ from llm.train.saver import Saver
 from llm.train.staging import Staging
 from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage
+from llm.utils.structs import ready
 
 # An object is sent in one request: small enough to be sent again, and enough of them to fill all connections.
 FILE, MIN_FILE, MAX_FILE = 12 << 20, 1 << 20, 64 << 20
@@ -302,3 +303,6 @@ def restore_rng(rng: dict[str, str], device: torch.device) -> None:
             torch.set_rng_state(state)
         elif name == device.type:
             torch.cuda.set_rng_state(state, device)
+
+
+ready(_Holding)

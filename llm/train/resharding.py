@@ -24,6 +24,7 @@ from llm.checkpoint.reader import is_remote, read_span
 from llm.train.dist import World
 from llm.train.pieces import NAMES, LocalPiece
 from llm.utils.storage import Storage
+from llm.utils.structs import ready
 
 STRAIGHT = 64 << 10  # bytes from which on it pays to read a segment into the target itself
 T = TypeVar("T")
@@ -384,3 +385,6 @@ def _view(data: Bytes, at: int, shape: Dims) -> Bytes:
     for n in shape:
         size *= n
     return data[at : at + size].reshape(shape)
+
+
+ready(_Asked, _Told)

@@ -24,6 +24,7 @@ from llm.utils.config import (
     PositiveInt,
     TrainConfig,
 )
+from llm.utils.structs import ready
 
 Multiplier = Annotated[int, Meta(ge=1, le=100_000)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -333,3 +334,6 @@ def time_limit_seconds(text: str | None) -> int | None:
     if total == 0:
         raise ValueError(text)
     return total
+
+
+ready(RunConfig)

@@ -9,32 +9,47 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmops.monitor import spans
+from llmops.monitor.checkpoints import size
 from llmops.monitor.plot import loss_curve
 from llmops.monitor.table import COLOURS, PIPED
-from llmops.monitor.text import clean, clean_lines, duration, moment, number
+from llmops.monitor.text import clean, clean_lines, count, duration, moment, number, percent
 
+CHECKPOINTS = 3  # that the page names
 CURVE_HEIGHT = 14
 CURVE_WIDTH = 100
 PIPED_CURVE_WIDTH = 80
 
 
-def show(described: dict[str, Any], points: Sequence[tuple[int, float]], console: Console, now: float) -> None:
-    """Print the page."""
+def show(detail: dict[str, Any], console: Console, now: float) -> None:
+    """Print the page of what :func:`llmops.monitor.detail.detail` says."""
     if console.is_terminal:
-        _print(described, points, console, now, min(console.width, CURVE_WIDTH))
+        _print(detail, console, now, min(console.width, CURVE_WIDTH))
         return
     plain = Console(width=PIPED, color_system=None, file=console.file)
     with plain.capture() as capture:
-        _print(described, points, plain, now, PIPED_CURVE_WIDTH)
+        _print(detail, plain, now, PIPED_CURVE_WIDTH)
     console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
 
 
-def _print(run: dict[str, Any], points: Sequence[tuple[int, float]], console: Console, now: float, width: int) -> None:
+def _print(run: dict[str, Any], console: Console, now: float, width: int) -> None:
+    ascii_only = console.options.ascii_only
     console.print(_facts(run, now))
+    if run["timeline"]:
+        console.print()
+        console.print(spans.bar(run["timeline"], width, ascii_only))
+        console.print(spans.axis(run["timeline"], width))
+        console.print(spans.legend(run["timeline"], ascii_only))
     if run["attempts"]:
         console.print()
         console.print(_attempts(run, now, narrow=console.width < 110))
-    curve = "" if console.options.ascii_only else loss_curve(points, width, CURVE_HEIGHT)
+    for part in (_checkpoints(run, now), _changes(run)):
+        if part is not None:
+            console.print()
+            console.print(part)
+    series = run["series"]
+    points = [(step, loss) for step, loss in zip(series["step"], series["loss"], strict=True) if loss is not None]
+    curve = "" if ascii_only else loss_curve(points, width, CURVE_HEIGHT)
     if curve:
         console.print()
         console.print(Text(curve, style="cyan", no_wrap=True, overflow="crop"))
@@ -43,6 +58,40 @@ def _print(run: dict[str, Any], points: Sequence[tuple[int, float]], console: Co
         console.print(Text("last error", style="bold red"))
         for line in clean_lines(run["error"]):
             console.print(Text("  " + line))
+
+
+def _checkpoints(run: dict[str, Any], now: float) -> Text | None:
+    """The newest few, on one line."""
+    found = run["checkpoints"]
+    if not found:
+        return None
+    shown = [
+        f"step {each['step']:,}"
+        + (
+            f" ({size(each['bytes'])}, {duration(now - each['time'])} ago)"
+            if each["time"] is not None
+            else " (damaged)"
+        )
+        for each in found[:CHECKPOINTS]
+    ]
+    more = f"; {len(found) - CHECKPOINTS} more: `llmops ckpt ls`" if len(found) > CHECKPOINTS else ""
+    return Text.assemble(("checkpoints ", "bold"), ", ".join(shown) + more)
+
+
+def _changes(run: dict[str, Any]) -> Table | None:
+    """What its point in a study is, and what resumes have changed."""
+    rows = [(key, "", value, "of its study") for key, value in run["params"].items()]
+    rows += [
+        (each["key"], each["old"], each["new"], f"submission {each['submission']}") for each in run["config_changes"]
+    ]
+    if not rows:
+        return None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("CHANGED KEY", "FROM", "TO", "BY"):
+        table.add_column(name, overflow="fold")
+    for key, old, new, by in rows:
+        table.add_row(*(Text(clean(str(cell))) for cell in (key, old, new, by)))
+    return table
 
 
 def _facts(run: dict[str, Any], now: float) -> Table:
@@ -59,19 +108,29 @@ def _facts(run: dict[str, Any], now: float) -> Table:
     progress = f"step {run['step']:,}"
     if most:
         progress += f" of {most:,} ({min(run['step'] / most, 1):.0%})"
+    if run["eta_s"] is not None:
+        progress += f", {duration(run['eta_s'])} left"
     if run["loss"] is not None:
         progress += f", loss {number(run['loss'])}"
+    if run["tokens_per_s"] is not None:
+        progress += f", {count(run['tokens_per_s'])} tokens/s"
+    if run["mfu"] is not None:
+        progress += f", MFU {percent(run['mfu'])}"
+    shares = spans.shares(run["goodput_shares"])
     rows = [
         ("run", Text(clean(run["name"]), style="bold")),
         ("id", Text(clean(run["id"]))),
         ("state", state),
         ("progress", Text(progress)),
+        ("goodput", Text(f"{percent(run['goodput'])} of {run['node_hours']:.2f} node-hours: {shares}")),
         ("backend", Text(f"{clean(run['backend']) or '-'}{size}; jobs: {jobs}")),
         ("stored", Text(clean(run["url"]))),
     ]
     if run["created"] is not None:
         by = f" by {clean(run['owner'])}" if run["owner"] else ""
         rows.append(("created", Text(f"{moment(run['created'])}{by}, {duration(now - run['created'])} ago")))
+    if run["stalled_s"] is not None:
+        rows.insert(3, ("health", Text(f"no sign of life for {duration(run['stalled_s'])}", style="yellow")))
     rows += [("problem", Text(clean(problem), style="red")) for problem in run["problems"]]
     for label, value in rows:
         table.add_row(label, value)

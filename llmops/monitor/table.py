@@ -11,12 +11,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from llmops.errors import ClusterError
+from llmops.monitor.feed import Feed
 from llmops.monitor.plot import sparkline
-from llmops.monitor.text import clean, duration, number
+from llmops.monitor.text import clean, count, duration, number, percent
 from llmops.runs.state import DONE
 
 WIDE = 160  # from this many columns on, a run takes one line; below, two
+REDRAW_S = 1.0
 PIPED = 4000  # no line of a pipe is folded or cut
 COLOURS = {
     "pending": "cyan",
@@ -46,25 +47,26 @@ def show(described: Sequence[dict[str, Any]], console: Console, now: float) -> N
 def live(fetch: Callable[[], Sequence[dict[str, Any]]], interval: float, console: Console) -> None:
     """Redraw in place until every run is done. Goes on when the store or a scheduler does not answer for a while."""
     described = fetch()
+    feed = Feed(fetch, interval)
 
     def view(trouble: str) -> RenderableType:
         now, width, ascii_only = time.time(), console.width, console.options.ascii_only
-        shown = _that_fit(described, (console.height - 3) // (1 if width >= WIDE else 2))
+        shown = _that_fit(described, (console.height - 3) // (1 if width >= WIDE else 3))
         more = f"{len(described) - len(shown)} more; " if len(shown) < len(described) else ""
         hint = f"{more}every {interval:g} s, Ctrl-C ends the view, not the runs"
         return Group(
             build(shown, width, now, ascii_only), Text(trouble or hint, style="red" if trouble else "bright_black")
         )
 
-    with Live(view(""), console=console, auto_refresh=False, transient=True) as display:
-        while not all(each["state"] in DONE for each in described):
-            time.sleep(interval)
-            trouble = ""
-            try:
-                described = fetch()
-            except ClusterError as error:
-                trouble = f"not up to date: {clean(str(error))}"
-            display.update(view(trouble), refresh=True)
+    try:
+        with Live(view(""), console=console, auto_refresh=False, transient=True) as display:
+            number = 0
+            while not all(each["state"] in DONE for each in described):
+                seen = feed.wait(number, REDRAW_S)  # ages and estimates go on between two looks
+                number, described = seen.number, described if seen.value is None else seen.value
+                display.update(view(f"not up to date: {clean(seen.trouble)}" if seen.trouble else ""), refresh=True)
+    finally:
+        feed.close()
     show(described, console, time.time())
 
 
@@ -83,44 +85,53 @@ def build(described: Sequence[dict[str, Any]], width: int, now: float, ascii_onl
 
 def _wide(rows: Sequence[_Row], width: int) -> Table:
     table = _table()
-    for name in ("NAME", "BACKEND", "JOB", "STATE", "PROGRESS", "LOSS", "ATTEMPTS", "AGE"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "AGE" else "left")
+    right = ("TOK/S", "MFU", "GOODPUT", "ETA", "SAVED", "AGE")
+    for name in ("NAME", "BACKEND", "JOB", "STATE", "PROGRESS", "LOSS", *right[:4], "ATTEMPTS", *right[4:]):
+        table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
     if width < PIPED:  # the reason takes what is left, and is cut; the page of the run has all of it
-        table.columns[0].max_width, table.columns[2].max_width = max(20, width // 7), max(12, width // 12)
+        table.columns[0].max_width, table.columns[2].max_width = max(16, width // 10), max(10, width // 16)
         table.columns[3].ratio, table.expand = 1, True
-        table.columns[6].max_width = width // 7
+        table.columns[10].max_width = width // 7
     for row in rows:
-        state = Text.assemble(row.state, (f"  {row.reason}" if row.reason else "", "bright_black"))
-        progress = Text.assemble(row.bar(12 if width < PIPED else 0), row.steps)
+        told = row.trouble or row.reason
+        state = Text.assemble(row.state, (f"  {told}" if told else "", "yellow" if row.trouble else "bright_black"))
+        progress = Text.assemble(row.bar(10 if width < PIPED else 0), row.steps)
         table.add_row(
             row.name,
             row.backend,
             row.job,
             state,
             progress,
-            Text.assemble(row.loss, " ", row.spark(16)),
+            Text.assemble(row.loss, " ", row.spark(12)),
+            row.rate,
+            row.mfu,
+            row.goodput,
+            row.eta,
             row.attempts,
+            row.saved,
             row.age,
         )
     return table
 
 
 def _narrow(rows: Sequence[_Row]) -> Table:
-    """Two lines a run."""
+    """Two lines a run, and a third for one that is well."""
     table = _table()
-    for name in ("NAME", "STATE", "PROGRESS", "LOSS", "AGE"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "AGE" else "left")
+    for name in ("NAME", "STATE", "PROGRESS", "LOSS", "ETA"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "ETA" else "left")
     table.columns[0].ratio, table.columns[1].ratio = 3, 4
     table.expand = True
     for row in rows:
         where = Text(" ".join(part for part in (row.backend.plain, row.job.plain) if part != "-"), style="bright_black")
-        reason = Text(row.reason or row.last_end, style="bright_black")
+        told = row.trouble or row.reason or row.last_end
+        health = [Text(row.health, style="bright_black")] if row.health else []
+        again = f"x{row.count} " if row.count > 1 else ""
         table.add_row(
             _lines(row.name, where),
-            _lines(row.state, reason),
+            _lines(row.state, Text(told, style="yellow" if row.trouble else "bright_black"), *health),
             _lines(row.steps, row.bar(14)),
             _lines(row.loss, row.spark(8)),
-            _lines(row.age, Text(f"x{row.count}" if row.count > 1 else "", style="bright_black")),
+            _lines(row.eta, Text(f"{again}{row.age}", style="bright_black")),
         )
     return table
 
@@ -129,10 +140,10 @@ def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
-def _lines(first: Text, second: Text) -> Group:
-    for line in (first, second):
+def _lines(*lines: Text) -> Group:
+    for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
-    return Group(first, second)
+    return Group(*lines)
 
 
 class _Row:
@@ -157,6 +168,25 @@ class _Row:
         )
         most = described["max_steps"]
         self.steps = Text(f"{described['step']:,}" + (f"/{most:,}" if most else ""))
+        silent = described["stalled_s"]
+        self.trouble = "" if silent is None else f"no sign of life for {duration(silent)}"
+        self.rate = Text(count(described["tokens_per_s"]))
+        self.mfu, self.goodput = Text(percent(described["mfu"])), Text(percent(described["goodput"]))
+        left = described["eta_s"]
+        self.eta = Text("-" if left is None else duration(left))
+        commit = described["last_commit"] or {}
+        self.saved = Text("-" if commit.get("time") is None else duration(now - commit["time"]))
+        self.health = self._health(commit) if described["state"] == "running" else ""
+
+    def _health(self, commit: dict[str, Any]) -> str:
+        """How a run that is well is doing, the most telling first."""
+        run = self._run
+        parts = [run["phase"] if run["phase"] != "training" else None]
+        parts.append(f"{self.rate} tok/s" if run["tokens_per_s"] else None)
+        parts.append(f"MFU {self.mfu}" if run["mfu"] is not None else None)
+        parts.append(f"goodput {self.goodput}" if run["goodput"] is not None else None)
+        parts.append(f"saved {self.saved} ago" if commit.get("time") is not None else None)
+        return ", ".join(part for part in parts if part)
 
     def bar(self, width: int) -> Text:
         """Share of the steps done; nothing where the end is not known."""

@@ -80,3 +80,19 @@ def moment(epoch: float | None) -> str:
 def number(value: float | None) -> str:
     """Four digits of a loss; a dash for none."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def count(value: float | None) -> str:
+    """Three digits of a large number: ``980``, ``12.3k``, ``1.2M``; a dash for none."""
+    if value is None:
+        return "-"
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def percent(value: float | None) -> str:
+    """A share of one, in percent; a dash for none."""
+    return "-" if value is None else f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from llm.utils.structs import ready
 from llmops.runs.store import Store
 
 FORMAT = 1
@@ -112,6 +113,7 @@ class AttemptEnd(msgspec.Struct, frozen=True, kw_only=True):
     exit_codes: dict[str, int | None] = {}  # of each rank
     first_step: int | None = None
     last_step: int | None = None
+    saved: bool = False  # every rank said that its state is saved
     error: str | None = None  # the last lines of the rank that failed
     failed_rank: int | None = None
     failed_host: str | None = None
@@ -208,3 +210,6 @@ class Run:
     @cached_property
     def by_number(self) -> dict[int, Attempt]:
         return {attempt.number: attempt for attempt in self.attempts}
+
+
+ready(RunRecord, JobRecord, Failed, Intent, SubmissionRecord, AttemptStart, AttemptEnd, Image)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from llm.utils.structs import ready
 from llmops import __version__
 from llmops.errors import UserError
 from llmops.runs.model import (
@@ -47,13 +49,18 @@ __all__ = [
     "Submission",
     "SubmissionRecord",
     "create_run",
+    "each",
     "encode",
     "find_run",
     "find_study",
     "is_study",
+    "list_ids",
     "list_runs",
     "list_studies",
+    "list_trials",
     "load_run",
+    "load_runs",
+    "marks",
     "new_run_id",
     "next_submission",
     "pack",
@@ -72,6 +79,7 @@ __all__ = [
     "write_submission",
 ]
 
+MARKS = "resumed"
 _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 _RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}")
 _STUDY_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}-sweep")
@@ -137,6 +145,10 @@ def write_run(store: Store, record: RunRecord) -> bool:
 
 def write_submission(store: Store, record: SubmissionRecord) -> bool:
     """Claim the submission's number. False when another launcher has it."""
+    if record.number > 0:
+        # Before the claim: whoever remembers this run as over must not miss that it goes on.
+        run_id = store.url.rstrip("/").rsplit("/", 1)[-1]
+        open_store(root_of(store.url)).create(f"{MARKS}/{run_id}.{record.number:04d}", b"")
     return store.create(f"{_submission(record.number)}/submission.json", encode(record))
 
 
@@ -200,7 +212,18 @@ def encode(record: Any) -> bytes:
 
 # Reading
 
+
+def marks(store: Store) -> Counter[str]:
+    """How often each run and study below ``store`` was submitted again; a trial counts for its study, too."""
+    found: Counter[str] = Counter()
+    for name in store.list(MARKS):
+        run_id = name.rpartition(".")[0]
+        found.update({run_id, run_id.partition(".")[0]})
+    return found
+
+
 _Record = TypeVar("_Record")
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -290,7 +313,28 @@ def load_run(store: Store) -> Run:
 def list_runs(runs_url: str) -> list[Run]:
     """All runs, oldest first. Directories whose name is no run id are not runs."""
     store = open_store(runs_url)
-    return _each(store, _ids(store), lambda run_id: load_run(store.sub(run_id)))
+    return load_runs(store, list_ids(store))
+
+
+def list_ids(store: Store) -> list[str]:
+    """Ids of all runs, oldest first; trials are in their studies."""
+    return [name for name in store.list() if _RUN_ID.fullmatch(name)]
+
+
+def list_trials(store: Store, study: str) -> list[str]:
+    """Ids of the trials of a study that have begun, in order."""
+    return [name for name in store.list(f"{study}/trials") if _TRIAL_ID.fullmatch(name)]
+
+
+def load_runs(store: Store, ids: Sequence[str], done: Callable[[], object] = lambda: None) -> list[Run]:
+    """The runs and trials with these ids. ``done`` is called after each."""
+
+    def load(run_id: str) -> Run:
+        run = load_run(store.sub(path_of(run_id)))
+        done()
+        return run
+
+    return each(store, list(ids), load)
 
 
 def find_run(runs_url: str, ref: str) -> Run:
@@ -307,7 +351,7 @@ def find_run(runs_url: str, ref: str) -> Run:
         if found.record is None and found.problems and not store.exists(path_of(ref)):
             raise UserError(f"{ref} has not begun yet, or there is no such trial; `llmops sweep status` lists them")
         return found
-    return load_run(store.sub(_find(store, _ids(store), ref, "run")))
+    return load_run(store.sub(_find(store, list_ids(store), ref, "run")))
 
 
 def find_study(runs_url: str, ref: str) -> str:
@@ -342,7 +386,7 @@ def _find(store: Store, ids: list[str], ref: str, what: str) -> str:
     plural = {"run": "runs", "study": "studies"}[what]
     if ref in ids:
         return ref
-    names = dict(zip(ids, _each(store, ids, lambda run_id: _name(store, run_id)), strict=True))
+    names = dict(zip(ids, each(store, ids, lambda run_id: _name(store, run_id)), strict=True))
     for matching in (
         [run_id for run_id, name in names.items() if name == ref],
         [run_id for run_id, name in names.items() if ref and (run_id.startswith(ref) or name.startswith(ref))],
@@ -361,10 +405,6 @@ def _find(store: Store, ids: list[str], ref: str, what: str) -> str:
     close = get_close_matches(ref, {*names, *names.values()}, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; `llmops status` lists them"
     raise UserError(f"there is no {what} {ref!r} in {store.url}{hint}")
-
-
-def _ids(store: Store) -> list[str]:
-    return [name for name in store.list() if _RUN_ID.fullmatch(name)]
 
 
 class _Named(msgspec.Struct):
@@ -386,13 +426,17 @@ def read_many(store: Store, paths: Sequence[str]) -> list[bytes | None]:
         except FileNotFoundError:
             return None
 
-    return _each(store, list(paths), read)
+    return each(store, list(paths), read)
 
 
-def _each(store: Store, ids: list[str], read: Callable[[str], _Result]) -> list[_Result]:
+def each(store: Store, items: Sequence[_Item], read: Callable[[_Item], _Result]) -> list[_Result]:
+    """``read`` of every item, in order; several at a time where each costs a round trip to ``store``."""
     if store.local_path is not None:
-        return [read(run_id) for run_id in ids]
+        return [read(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(16) as pool:  # each object costs a round trip
-        return list(pool.map(read, ids))
+        return list(pool.map(read, items))
+
+
+ready(_Named)

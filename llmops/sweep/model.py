@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from llm.utils.structs import ready
 from llmops.config.schema import SweepConfig
 from llmops.runs.model import Code
 
@@ -108,3 +109,6 @@ class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
     url: str  # of the study
     trial: int
     submission: int  # of the study
+
+
+ready(StudyRecord, Changes, Result, TrialSpec)

@@ -13,6 +13,7 @@ import msgspec
 from llmops import backends
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobView
+from llmops.monitor.describe import EMPTY
 from llmops.runs import records as runs
 from llmops.runs.model import Run, Submission
 from llmops.runs.state import derive_state
@@ -235,8 +236,10 @@ def describe(study: records.Study, rows: Sequence[TrialRow]) -> dict[str, Any]:
     best = (min if study.record.sweep.direction == "minimize" else max)(finite, default=None)
     record = study.record
     return {
+        **EMPTY,
         "id": study.id,
         "name": record.name,
+        "kind": "study",
         "owner": record.owner,
         "backend": record.backend,
         "job_ids": [each.job_id for each in study.submissions if each.job_id],
@@ -251,8 +254,6 @@ def describe(study: records.Study, rows: Sequence[TrialRow]) -> dict[str, Any]:
         "created": record.created,
         "url": study.url,
         "error": next((each.failed.error for each in study.submissions if each.failed), None),
-        "problems": [],
-        "attempts": [],
         "trials": dict(counts),
     }
 
@@ -260,10 +261,16 @@ def describe(study: records.Study, rows: Sequence[TrialRow]) -> dict[str, Any]:
 def describe_damaged(url: str, problem: str) -> dict[str, Any]:
     """The line of a study that cannot be read."""
     study = url.rstrip("/").rsplit("/", 1)[-1]
-    empty: dict[str, Any] = dict.fromkeys(("owner", "max_steps", "loss", "nodes", "ranks_per_node", "created", "error"))
-    lists: dict[str, Any] = {"job_ids": [], "recent_losses": [], "attempts": [], "problems": [problem]}
-    state = {"id": study, "name": study, "backend": "", "state": "unknown", "reason": problem, "step": 0, "url": url}
-    return {**empty, **lists, **state, "trials": {}}
+    return {
+        **EMPTY,
+        "id": study,
+        "name": study,
+        "kind": "study",
+        "reason": problem,
+        "url": url,
+        "problems": [problem],
+        "trials": {},
+    }
 
 
 def _state(counts: Counter[str], over: int, total: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from rich.console import Console
 
 from llmops.errors import ClusterError
 from llmops.job import JobView
-from llmops.monitor import status
-from llmops.monitor.status import describe, loss_points, render, render_run, watch
+from llmops.monitor.describe import EMPTY, ERROR_LINES, describe
+from llmops.monitor.detail import detail, series
+from llmops.monitor.status import render, render_run, watch
 from llmops.runs.records import list_runs, write_failed
 
 NOW = 1_770_010_000.0
@@ -45,7 +47,7 @@ def test_the_json_object(run: Any) -> None:
     assert json.loads(json.dumps(described, allow_nan=False)) == described
     error, recent = described.pop("error"), described.pop("recent_losses")
     assert error.splitlines()[-1] == "\x1b[2J[red]boom[/red]"
-    assert len(error.splitlines()) == status.ERROR_LINES
+    assert len(error.splitlines()) == ERROR_LINES
     assert len(recent) == 60
     attempts = described.pop("attempts")
     assert described == {
@@ -64,6 +66,17 @@ def test_the_json_object(run: Any) -> None:
         "created": 1_770_000_001.0,
         "url": run.store.url,
         "problems": [],
+        "kind": "llm",
+        "parent": None,
+        "phase": "training",
+        "tokens_per_s": None,
+        "mfu": None,
+        "goodput": 0.0,
+        "eta_s": None,
+        "stalled_s": None,
+        "last_commit": {"step": 50, "time": None},
+        "restarts": {"preempted": 1, "failed": 1},
+        "ended": None,
     }
     assert [(a["number"], a["state"], a["reason"], a["first_step"], a["last_step"]) for a in attempts] == [
         (0, "preempted", "preempted", 1, 30),
@@ -109,8 +122,7 @@ def test_a_loss_that_is_not_a_number_is_null(make_run: Any) -> None:
     run = made.load()
     (described,) = describe([run], RUNNING)
     assert (described["step"], described["loss"], described["recent_losses"]) == (2, None, [2.0, None])
-    assert loss_points(run) == [(1, 2.0)]
-    assert all(math.isfinite(loss) for _, loss in loss_points(run))
+    assert series(run)["loss"] == [2.0, None]
 
 
 def test_the_step_when_metrics_lag(make_run: Any) -> None:
@@ -161,12 +173,12 @@ def test_the_table_fits_the_terminal(described: list[dict[str, Any]], width: int
     assert "\x1b]0" not in text
     lines = without_colours(text).splitlines()
     assert max(map(len, lines)) <= width
-    assert len(lines) == 1 + (6 if width < 160 else 3)
+    assert len(lines) == 1 + (7 if width < 160 else 3)  # of the running one also how well it does
     assert "baseline" in lines[1]
     assert "running" in lines[1]
     assert "60/100" in lines[1]
     assert "2.167" in lines[1]
-    assert "2h 46m" in lines[1]
+    assert "2h 46m" in lines[2 if width < 160 else 1]
 
 
 def test_the_table_says_what_matters(described: list[dict[str, Any]]) -> None:
@@ -176,7 +188,7 @@ def test_the_table_says_what_matters(described: list[dict[str, Any]]) -> None:
     assert "last: failed: rank 3" in narrow
     assert "x3" in narrow
     wide = without_colours(printed(lambda console: render(described, console, NOW), 200))
-    assert "3 (last: failed: rank 3 on" in wide
+    assert "3 (last: failed: rank 3" in wide
     assert "evil[bold]name" in wide
 
 
@@ -197,8 +209,8 @@ def test_no_runs() -> None:
 @pytest.mark.parametrize("width", [80, 200, None])
 def test_the_page(run: Any, width: int | None) -> None:
     loaded = run.load()
-    (one,) = describe([loaded], RUNNING)
-    text = printed(lambda console: render_run(one, loss_points(loaded), console, NOW), width)
+    one = detail(loaded, RUNNING["100"], NOW)
+    text = printed(lambda console: render_run(one, console, NOW), width)
     assert "\x1b[2J" not in text
     plain = without_colours(text)
     if width:
@@ -224,8 +236,8 @@ def test_the_page(run: Any, width: int | None) -> None:
 def test_the_page_of_something_that_is_no_run(make_run: Any) -> None:
     made = make_run()
     (made.store.local_path / "run.json").unlink()
-    (one,) = describe([made.load()], {})
-    text = printed(lambda console: render_run(one, [], console, NOW), None)
+    one = detail(made.load(), None, NOW)
+    text = printed(lambda console: render_run(one, console, NOW), None)
     assert "problem   run.json is missing" in text
 
 
@@ -246,23 +258,25 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def states(*given: Any) -> Any:
-    """A fetch that tells one state after the other, or raises."""
-    remaining = iter(given)
+    """A fetch that tells one state after the other, or raises; then the last one again and again."""
+    remaining = list(given)
 
     def fetch() -> list[dict[str, Any]]:
-        state = next(remaining)
-        if isinstance(state, BaseException):
+        state = remaining.pop(0) if len(remaining) > 1 else remaining[0]
+        if state == "ctrl-c":
+            os.kill(os.getpid(), signal.SIGINT)
+            state = "running"
+        if isinstance(state, Exception):
             raise state
-        base = {"id": "1", "name": "a", "backend": "slurm", "job_ids": [], "reason": "why", "step": 3, "max_steps": 9}
-        return [{**base, "state": state, "loss": None, "recent_losses": [], "created": 1.0, "attempts": []}]
+        base = {"id": "1", "name": "a", "backend": "slurm", "reason": "why", "step": 3, "max_steps": 9, "created": 1.0}
+        return [{**EMPTY, **base, "state": state}]
 
     return fetch
 
 
-@pytest.mark.usefixtures("no_wait")
 def test_watching_ends_when_all_is_done() -> None:
     fetch = states("pending", "running", ClusterError("slurm did not answer"), "running", "finished")
-    text = without_colours(printed(lambda console: watch(fetch, 1, console), 80, height=20))
+    text = without_colours(printed(lambda console: watch(fetch, 0.01, console), 80, height=20))
     assert "not up to date: slurm did not answer" in text
     assert "finished" in text.splitlines()[-2]
 
@@ -279,7 +293,7 @@ def test_a_watching_pipe_gets_a_line_a_change() -> None:
 @pytest.mark.usefixtures("no_wait")
 @pytest.mark.parametrize("width", [80, None])
 def test_ctrl_c_ends_the_view(width: int | None) -> None:
-    printed(lambda console: watch(states("running", KeyboardInterrupt()), 1, console), width)
+    printed(lambda console: watch(states("running", "running", "ctrl-c"), 0.01, console), width)
 
 
 def test_what_is_alive_is_shown_first_where_there_is_no_room() -> None:
