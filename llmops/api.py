@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmops import backends, launch
+from llmops import backends
 from llmops.backends.base import Look
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobView
 from llmops.runs import records
 from llmops.runs.model import Run
 from llmops.runs.store import Store, default_runs_url, open_store
+
+if TYPE_CHECKING:  # what composes and submits is of no use to those who only look
+    from llmops import launch
 
 OVER = ("finished", "failed", "cancelled")
 CANCEL_TIMEOUT_S = 60.0
@@ -43,6 +46,7 @@ def prepare(
     runs_url: str | None = None,
 ) -> launch.Prepared:
     """Compose, check and plan a run without writing anything. Raises :class:`UserError` for what cannot work."""
+    from llmops import launch
     from llmops.config.compose import load_config
 
     return launch.prepare(load_config(all_overrides(overrides, backend, name, command), config_dir), runs_url)
@@ -50,6 +54,7 @@ def prepare(
 
 def all_overrides(overrides: Sequence[str], backend: str | None, name: str | None, command: Sequence[str]) -> list[str]:
     """All that was asked for, as overrides."""
+    from llmops import launch
     from llmops.config.overrides import assign
 
     try:
@@ -73,6 +78,8 @@ def _check_backend(backend: str | None) -> None:
 
 def submit(prepared: launch.Prepared) -> Run:
     """Submit a prepared run and return it as it stands in the run store."""
+    from llmops import launch
+
     return records.load_run(launch.start(prepared))
 
 
@@ -192,6 +199,8 @@ def _lost_tag(run: Run) -> str | None:
 
 def expected_job(store: Store, number: int) -> str | None:
     """The id of a submission's job, where jobs are named before they are made, as on Kubernetes."""
+    from llmops import launch
+
     spec = launch.stored_spec(store, number) or {}
     job_id = spec.get("options", {}).get("job_id")
     return None if job_id is None else str(job_id)
@@ -252,6 +261,7 @@ def resume(
     ``backend``: there instead of where it ran before, with the defaults of that cluster's group, which ``config_dir``
     may have too. Raises :class:`UserError` while the run is alive.
     """
+    from llmops import launch
     from llmops.config.compose import group
     from llmops.config.recompose import recompose
 

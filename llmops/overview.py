@@ -176,11 +176,14 @@ def _all(
 
 def _read(store: Store, runs: Sequence[Run], study_ids: Iterable[str]) -> list[tuple[Described, list[Span]]]:
     """Runs and studies with one look at each scheduler."""
+    found_studies = list(study_ids)
+    if not found_studies:
+        return _describe(store, api.survey(runs, {})[0])
     from llmops.sweep import status as sweeps
     from llmops.sweep.records import load_study
 
     readings, damaged = [], []
-    for study in study_ids:
+    for study in found_studies:
         try:
             readings.append(sweeps.read(sweeps.settle(studies.adopt(load_study(store.sub(study))), heal=False)))
         except UserError as error:  # one damaged study must not hide all others
@@ -190,14 +193,18 @@ def _read(store: Store, runs: Sequence[Run], study_ids: Iterable[str]) -> list[t
         for name, job_ids in reading.wanted.items():
             asked.setdefault(name, []).extend(job_ids)
     found, views = api.survey(runs, asked)
+    described = _describe(store, found)
+    described += [(sweeps.describe(reading.study, reading.rows(views)), []) for reading in readings]
+    return described + [(each, []) for each in damaged]
+
+
+def _describe(store: Store, found: Sequence[api.Status]) -> list[tuple[Described, list[Span]]]:
     now = time.time()
 
     def describe(status: api.Status) -> tuple[Described, list[Span]]:
         return describe_run(status.run, status.job, now)
 
-    described = records.each(store, found, describe)
-    described += [(sweeps.describe(reading.study, reading.rows(views)), []) for reading in readings]
-    return described + [(each, []) for each in damaged]
+    return records.each(store, found, describe)
 
 
 def _shown(rows: Sequence[Known | Described], over: int | None) -> Overview:

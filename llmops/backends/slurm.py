@@ -16,6 +16,7 @@ from llmops.agent import carry
 from llmops.agent.rundir import is_url
 from llmops.backends.base import Ambiguous, ArrayLimits, Look, Rejected, Submission
 from llmops.backends.slurm_limits import check_limits, check_reachable
+from llmops.backends.slurm_reasons import in_words
 from llmops.config.schema import SlurmCluster, time_limit_seconds
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobSpec, JobState, JobView
@@ -321,6 +322,6 @@ def _view(job_id: str, state: str, reason: str, start: str) -> JobView:
     begin = None
     if start[:1].isdigit():
         begin = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
-    told = "" if reason in ("None", "") else reason
+    told = "" if reason in ("None", "") else in_words(reason)
     known = _STATES.get(state, "failed")
     return JobView(job_id, known, told if known == "pending" else state if not told else f"{state}: {told}", begin)

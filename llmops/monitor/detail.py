@@ -13,7 +13,7 @@ from llmops.monitor import goodput
 from llmops.monitor.describe import Described, describe_run, finite
 from llmops.runs.lineage import merged_metrics, segments
 from llmops.runs.model import Run
-from llmops.runs.streams import lines_backwards, parts
+from llmops.runs.streams import decode_line, lines_backwards, parts
 
 POINTS = 500
 CHECKPOINTS = 50
@@ -73,8 +73,6 @@ def series(run: Run, points: int = POINTS) -> dict[str, list[Any]]:
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """Held-out losses that count, oldest first."""
-    import json
-
     found: dict[int, dict[str, Any]] = {}
     for segment in segments(run):
         for path in reversed(parts(run.store, f"metrics/{segment.attempt:04d}", "", ".jsonl")):
@@ -85,11 +83,8 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
                     break
                 if b'"eval"' not in line:
                     continue
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if not isinstance(record, dict) or record.get("kind") != "eval":
+                record = decode_line(line)
+                if record is None or record.get("kind") != "eval":
                     continue
                 step = record.get("step")
                 if type(step) is not int or not segment.first_step - 1 <= step <= (segment.last_step or step):

@@ -6,13 +6,12 @@ trained for months costs no more than what it has trained for an hour.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from llmops.runs.lineage import attempt_steps, segments
 from llmops.runs.model import Attempt, Run
-from llmops.runs.streams import lines_backwards, parts
+from llmops.runs.streams import decode_line, lines_backwards, parts
 
 Kind = Literal["queue", "import", "rendezvous", "load", "train", "checkpoint", "uncommitted", "lost", "hang", "idle"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -125,12 +124,8 @@ def _startup(run: Run, paths: list[str]) -> dict[str, float]:
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """A record with a time; None for what is not whole, or foreign."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    ok = isinstance(record, dict) and type(record.get("time")) in (int, float)
-    return record if ok else None
+    record = decode_line(line)
+    return record if record is not None and type(record.get("time")) in (int, float) else None
 
 
 def _number(value: Any) -> float:

@@ -7,14 +7,13 @@ on back to the first.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 from llmops.runs.model import Run
-from llmops.runs.streams import lines_backwards, parts
+from llmops.runs.streams import decode_line, lines_backwards, parts
 
 _COMMIT = re.compile(r"checkpoints/step_(\d+)/(\d+)-(\d+)/?")
 
@@ -94,12 +93,7 @@ def _steps_backwards(run: Run, segment: Segment) -> Iterator[StepRecord]:
 
 def _decode(line: bytes) -> StepRecord | None:
     """A step's record; None for other records, and for the unfinished last line of a stream that is being written."""
-    if not line:
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or record.get("kind", "step") != "step":
+    record = decode_line(line)
+    if record is None or record.get("kind", "step") != "step":
         return None
     return record if type(record.get("step")) is int and "loss" in record else None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from typing import Any
+
+import msgspec
 
 from llmops.runs.store import Store
 
@@ -30,3 +34,17 @@ def lines_backwards(store: Store, path: str) -> Iterator[bytes]:
         yield from reversed(lines)
         rest, end = first, start
     yield rest
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None for what is not whole, or is none."""
+    if not line:
+        return None
+    try:
+        record = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            record = json.loads(line)  # takes the NaN and Infinity that Python's own writer makes
+        except ValueError:
+            return None
+    return record if isinstance(record, dict) else None
