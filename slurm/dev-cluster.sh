@@ -174,8 +174,9 @@ install_packages() {
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
   fi
   export DEBIAN_FRONTEND=noninteractive
-  apt-get -qq update >&2 9>&-
-  apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}" >&2 9>&-
+  # The tests install packages, too, and apt-get refuses to run twice at a time.
+  flock /var/lock/llmops-apt apt-get -qq update >&2 9>&-
+  flock /var/lock/llmops-apt apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}" >&2 9>&-
   if [[ -n $ours ]]; then rm -f "$policy"; fi
 }
 
