@@ -110,6 +110,7 @@ def describe_run(run: Run, job: JobView | None, now: float) -> tuple[Described, 
         problems.append(str(error))
         attempts, committed = [_attempt(run, attempt, state, (None, None)) for attempt in run.attempts], None
     rate = _rate(recent, run) if alive else None
+    silent = record is not None and record.kind == "command" and facts.last is None  # a program without metrics
     step, most = _step(run, recent), record.max_steps if record else None
     described: Described = {
         **EMPTY,
@@ -122,14 +123,14 @@ def describe_run(run: Run, job: JobView | None, now: float) -> tuple[Described, 
         "job_ids": run.job_ids,
         "state": state,
         "reason": reason,
-        "phase": _phase(run, facts, recent) if alive else None,
+        "phase": None if silent or not alive else _phase(run, facts, recent),
         "step": step,
         "max_steps": most,
         "loss": finite(recent[-1]["loss"]) if recent else None,
         "recent_losses": [finite(each["loss"]) for each in recent],
         "tokens_per_s": _middle(recent, "tokens_per_s"),
         "mfu": _middle(recent, "mfu"),
-        "goodput": goodput.account(spans).goodput,
+        "goodput": None if silent and alive else goodput.account(spans).goodput,
         "eta_s": rate * max(most - step, 0) if rate is not None and most else None,
         "stalled_s": stalled,
         "last_commit": committed,

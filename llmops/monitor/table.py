@@ -124,11 +124,13 @@ def _narrow(rows: Sequence[_Row]) -> Table:
     for row in rows:
         where = Text(" ".join(part for part in (row.backend.plain, row.job.plain) if part != "-"), style="bright_black")
         told = row.trouble or row.reason or row.last_end
-        health = [Text(row.health, style="bright_black")] if row.health else []
+        notes = [Text(note, style="bright_black") for note in (told, row.health) if note] or [Text()]
+        if row.trouble:
+            notes[0].stylize("yellow")
         again = f"x{row.count} " if row.count > 1 else ""
         table.add_row(
             _lines(row.name, where),
-            _lines(row.state, Text(told, style="yellow" if row.trouble else "bright_black"), *health),
+            _lines(row.state, *notes),
             _lines(row.steps, row.bar(14)),
             _lines(row.loss, row.spark(8)),
             _lines(row.eta, Text(f"{again}{row.age}", style="bright_black")),
@@ -164,7 +166,7 @@ class _Row:
         ends = [each["why"] for each in attempts if each["why"]]
         self.last_end = f"last: {clean(ends[-1])}" if ends and described["state"] not in DONE else ""
         self.attempts = Text(
-            " ".join(part for part in (str(self.count), self.last_end and f"({self.last_end})") if part)
+            " ".join(part for part in (str(self.count or "-"), self.last_end and f"({self.last_end})") if part)
         )
         most = described["max_steps"]
         self.steps = Text(f"{described['step']:,}" + (f"/{most:,}" if most else ""))

@@ -95,4 +95,8 @@ def count(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share of one, in percent; a dash for none."""
-    return "-" if value is None else f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"
+    if value is None:
+        return "-"
+    if 0 < value < 0.001:
+        return "<0.1%"
+    return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"

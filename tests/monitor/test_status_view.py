@@ -173,7 +173,7 @@ def test_the_table_fits_the_terminal(described: list[dict[str, Any]], width: int
     assert "\x1b]0" not in text
     lines = without_colours(text).splitlines()
     assert max(map(len, lines)) <= width
-    assert len(lines) == 1 + (7 if width < 160 else 3)  # of the running one also how well it does
+    assert len(lines) == 1 + (7 if width < 160 else 3)  # the running one has a reason and its health
     assert "baseline" in lines[1]
     assert "running" in lines[1]
     assert "60/100" in lines[1]

@@ -65,3 +65,12 @@ def test_numbers_for_people() -> None:
     assert (number(None), number(2.34567), number(12345.6)) == ("-", "2.346", "1.235e+04")
     assert moment(None) == "-"
     assert len(moment(1.0)) == 19
+
+
+def test_large_numbers_and_shares() -> None:
+    from llmops.monitor.text import count, percent
+
+    numbers = [None, 0, 5, 980, 999.9, 12_345, 999_600, 1.2e6, 3e9, 5e13]
+    assert [count(each) for each in numbers] == ["-", "0", "5", "980", "1k", "12.3k", "1M", "1.2M", "3G", "50T"]
+    shares = [None, 0, 0.0004, 0.004, 0.05, 0.5, 1]
+    assert [percent(each) for each in shares] == ["-", "0%", "<0.1%", "0.4%", "5.0%", "50%", "100%"]
