@@ -57,6 +57,13 @@ class Launcher:
         assert isinstance(value, dict)
         return value
 
+    def shares(self, run_id: str) -> dict[str, float]:
+        """Where the run's time went, by kind; sums to one."""
+        found = json.loads(self.ok("goodput", run_id, "--json"))["total"]
+        assert abs(sum(found["shares"].values()) - 1) < 1e-9, found
+        shares: dict[str, float] = found["shares"]
+        return shares
+
     def wait(self, run_id: str, *states: str, timeout: float = 120) -> dict[str, Any]:
         """Wait until the run is in one of the states; its status."""
         deadline = time.monotonic() + timeout

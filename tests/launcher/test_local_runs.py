@@ -42,6 +42,12 @@ def test_preempted_by_sigterm_it_resumes_bit_by_bit(local, undisturbed, workers)
     value = local.wait(run_id, "finished")
     assert [attempt["reason"] for attempt in value["attempts"]] == ["preempted", "finished"]
     assert local.losses(run_id) == undisturbed
+    shares = local.shares(run_id)
+    assert shares["lost"] == 0, "all that the first attempt did was saved"
+    assert min(shares[name] for name in ("committed", "import", "load", "checkpoint", "queue")) > 0
+    assert value["goodput"] == pytest.approx(shares["committed"])
+    assert (value["last_commit"]["step"], value["restarts"]) == (60, {"preempted": 1})
+    assert value["tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "node agent"])
@@ -57,6 +63,7 @@ def test_kill_9_is_survived_bit_by_bit(local, undisturbed, victim):
     assert (first["state"], first["reason"]) == expected
     assert last["first_step"] == 21  # from the commit at step 20
     assert local.losses(run_id) == undisturbed
+    assert local.shares(run_id)["lost"] > 0
 
 
 def test_a_killed_supervisor_leaves_nothing_and_can_be_resumed(local, undisturbed):

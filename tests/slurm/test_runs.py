@@ -60,6 +60,10 @@ def test_preempted_by_a_more_important_job(launcher, undisturbed, partition, wor
     first, second = value["attempts"]
     assert second["first_step"] == first["last_step"] + 1, "the stop saved the very step that it came in"
     assert len(value["job_ids"]) == 1
+    shares = launcher.shares(run_id)
+    assert shares["lost"] == 0
+    assert shares["queue"] > 0, "the wait for the nodes to come back"
+    assert shares["committed"] > 0
 
 
 def test_requeued_by_an_administrator(launcher, undisturbed):
