@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 
 from llmops import overview
 from llmops.cli.status import seconds
 from llmops.errors import UserError
+from llmops.runs.store import default_runs_url
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Show where the node-hours went."""
     from rich.console import Console
 
-    from llmops.cli.progress import reading
+    from llmops.cli.progress import patiently, reading
     from llmops.monitor import goodput_table
     from llmops.runs.records import whoami
 
@@ -46,11 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     def look(progress: overview.Progress | None) -> dict[str, object]:
         return overview.goodput(arguments.refs, arguments.runs_url, wanted, arguments.by, since, until, price, progress)
 
-    if sys.stderr.isatty():
-        with reading("reading runs") as progress:
-            found = look(progress)
-    else:
-        found = look(None)
+    with reading("reading runs") as progress:
+        found = patiently(lambda: look(progress), arguments.runs_url or default_runs_url())
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:

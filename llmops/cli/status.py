@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from llmops import api, overview, studies
 from llmops.errors import UserError
+from llmops.runs.store import default_runs_url
 
 if TYPE_CHECKING:
     from llmops.monitor.describe import Described
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _look(arguments, wanted, over, None).rows
 
     if arguments.watch:
+        found = _first(arguments, wanted, over)  # what cannot be found is said before anything is drawn
         view.watch(fetch, max(arguments.interval, 1.0))
         found = overview.Overview(fetch())
     else:
@@ -79,13 +81,12 @@ def _look(
 
 
 def _first(arguments: argparse.Namespace, wanted: overview.Wanted, over: int | None) -> overview.Overview:
-    """With a progress bar where there is much to read, and somebody who waits."""
-    if not sys.stderr.isatty():
-        return _look(arguments, wanted, over, None)
-    from llmops.cli.progress import reading
+    """With a progress bar where there is much to read."""
+    from llmops.cli.progress import patiently, reading
 
+    url = arguments.runs_url or default_runs_url()
     with reading("reading runs") as progress:
-        return _look(arguments, wanted, over, progress)
+        return patiently(lambda: _look(arguments, wanted, over, progress), url)
 
 
 def _wanted(arguments: argparse.Namespace) -> overview.Wanted:

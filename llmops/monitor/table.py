@@ -46,11 +46,13 @@ def show(described: Sequence[dict[str, Any]], console: Console, now: float) -> N
 
 def live(fetch: Callable[[], Sequence[dict[str, Any]]], interval: float, console: Console) -> None:
     """Redraw in place until every run is done. Goes on when the store or a scheduler does not answer for a while."""
-    described = fetch()
+    described: Sequence[dict[str, Any]] | None = None
     feed = Feed(fetch, interval)
 
     def view(trouble: str) -> RenderableType:
         now, width, ascii_only = time.time(), console.width, console.options.ascii_only
+        if described is None:
+            return Text(trouble or "reading runs", style="red" if trouble else "bright_black")
         shown = _that_fit(described, (console.height - 3) // (1 if width >= WIDE else 3))
         more = f"{len(described) - len(shown)} more; " if len(shown) < len(described) else ""
         hint = f"{more}every {interval:g} s, Ctrl-C ends the view, not the runs"
@@ -61,10 +63,15 @@ def live(fetch: Callable[[], Sequence[dict[str, Any]]], interval: float, console
     try:
         with Live(view(""), console=console, auto_refresh=False, transient=True) as display:
             number = 0
-            while not all(each["state"] in DONE for each in described):
+            while described is None or not all(each["state"] in DONE for each in described):
                 seen = feed.wait(number, REDRAW_S)  # ages and estimates go on between two looks
                 number, described = seen.number, described if seen.value is None else seen.value
-                display.update(view(f"not up to date: {clean(seen.trouble)}" if seen.trouble else ""), refresh=True)
+                frame = view(f"not up to date: {clean(seen.trouble)}" if seen.trouble else "")
+                # Terminals that know these marks show a frame only when it is whole; others ignore them.
+                console.file.write("\x1b[?2026h")
+                display.update(frame, refresh=True)
+                console.file.write("\x1b[?2026l")
+                console.file.flush()
     finally:
         feed.close()
     show(described, console, time.time())
