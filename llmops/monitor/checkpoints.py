@@ -10,7 +10,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmops.monitor.table import PIPED
+from llmops.monitor import printing
+from llmops.monitor.printing import columns
 from llmops.monitor.text import clean, duration, moment, number
 
 WIDE = 110  # from this many columns on, a table has what one can do without
@@ -43,18 +44,12 @@ def render_list(described: Sequence[Mapping[str, Any]], notes: Sequence[str], co
 
 def show(build: Any, console: Console) -> None:
     """Print what ``build(width, ascii_only)`` makes; into a pipe, lines that are neither folded nor cut."""
-    if console.is_terminal:
-        console.print(build(console.width, console.options.ascii_only))
-        return
-    plain = Console(width=PIPED, color_system=None, file=console.file)
-    with plain.capture() as capture:
-        plain.print(build(PIPED, plain.options.ascii_only))
-    console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    printing.show(console, lambda out: out.print(build(out.width, out.options.ascii_only)))
 
 
 def _list(described: Sequence[Mapping[str, Any]], width: int, ascii_only: bool, now: float) -> Table:
     wide = width >= WIDE
-    table = _table(2 if wide else 1)
+    table = columns(2 if wide else 1)
     for name in ("STEP", "COMMIT", "LINEAGE"):
         table.add_column(name, no_wrap=True, justify="right" if name == "STEP" else "left")
     for name in ("AGE", "SIZE", "RANKS", *(("LAYOUT",) if wide else ()), "SAVE", "LOSS"):
@@ -139,7 +134,7 @@ def _facts(page: Mapping[str, Any], now: float) -> Table:
 
 
 def _tensors(tensors: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table(2)
+    table = columns(2)
     table.add_column("TENSOR", overflow="fold")
     for name in ("TYPE", "SHAPE", "PLACEMENT", "PIECES", "SIZE"):
         table.add_column(name, no_wrap=True, justify="right" if name in ("PIECES", "SIZE") else "left")
@@ -155,7 +150,7 @@ def render_removals(rows: Iterable[tuple[str, int, str]], console: Console) -> N
     listed = list(rows)
 
     def build(width: int, ascii_only: bool) -> RenderableType:
-        table = _table(2)
+        table = columns(2)
         table.add_column("CHECKPOINT", no_wrap=True)
         table.add_column("SIZE", no_wrap=True, justify="right")
         table.add_column("WHY", overflow="fold")
@@ -164,7 +159,3 @@ def render_removals(rows: Iterable[tuple[str, int, str]], console: Console) -> N
         return table
 
     show(build, console)
-
-
-def _table(gap: int) -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")

@@ -9,9 +9,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmops.monitor import printing
 from llmops.monitor.goodput import WORDS
+from llmops.monitor.printing import PIPED, columns
 from llmops.monitor.spans import GROUPS, SIGNS
-from llmops.monitor.table import PIPED
 from llmops.monitor.text import clean, duration, percent
 
 BAR_WIDTH = 40
@@ -23,13 +24,7 @@ def show(groups: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], by: str,
     if not whole["runs"]:
         console.out("no run has spent any time in this period", highlight=False)
         return
-    if console.is_terminal:
-        console.print(_page(groups, whole, by, console.width, console.options.ascii_only))
-        return
-    plain = Console(width=PIPED, color_system=None, file=console.file)
-    with plain.capture() as capture:
-        plain.print(_page(groups, whole, by, 0, plain.options.ascii_only))
-    console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    printing.show(console, lambda out: out.print(_page(groups, whole, by, out.width, out.options.ascii_only)))
 
 
 def _page(
@@ -42,12 +37,12 @@ def _groups(
     groups: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], by: str, width: int, ascii_only: bool
 ) -> Table:
     priced = "cost" in whole
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(by.upper(), no_wrap=True, overflow="ellipsis", max_width=max(width // 3, 16) if width else None)
+    table = columns()
+    table.add_column(by.upper(), no_wrap=True, overflow="ellipsis", max_width=max(width // 3, 16))
     for name in ("RUNS", "NODE-HOURS", "RANK-HOURS", *(("COST",) if priced else ()), "GOODPUT"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("WHERE IT WENT", no_wrap=True)
-    cells = min(BAR_WIDTH, max(width - 70, 10)) if width else PIPED_BAR_WIDTH
+    cells = PIPED_BAR_WIDTH if width == PIPED else min(BAR_WIDTH, max(width - 70, 10))
     for row in [*groups, whole] if len(groups) > 1 else [whole]:
         table.add_row(
             Text(clean(row["name"]), style="bold" if row is whole else ""),

@@ -9,27 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmops.monitor import spans
+from llmops.monitor import printing, spans
 from llmops.monitor.checkpoints import size
-from llmops.monitor.plot import loss_curve
-from llmops.monitor.table import COLOURS, PIPED
+from llmops.monitor.plot import curve_width, loss_curve
+from llmops.monitor.printing import columns
+from llmops.monitor.table import COLOURS
 from llmops.monitor.text import clean, clean_lines, count, duration, moment, number, percent
 
 CHECKPOINTS = 3  # that the page names
 CURVE_HEIGHT = 14
-CURVE_WIDTH = 100
-PIPED_CURVE_WIDTH = 80
 
 
 def show(detail: dict[str, Any], console: Console, now: float) -> None:
     """Print the page of what :func:`llmops.monitor.detail.detail` says."""
-    if console.is_terminal:
-        _print(detail, console, now, min(console.width, CURVE_WIDTH))
-        return
-    plain = Console(width=PIPED, color_system=None, file=console.file)
-    with plain.capture() as capture:
-        _print(detail, plain, now, PIPED_CURVE_WIDTH)
-    console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    printing.show(console, lambda out: _print(detail, out, now, curve_width(out)))
 
 
 def _print(run: dict[str, Any], console: Console, now: float, width: int) -> None:
@@ -86,7 +79,7 @@ def _changes(run: dict[str, Any]) -> Table | None:
     ]
     if not rows:
         return None
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = columns()
     for name in ("CHANGED KEY", "FROM", "TO", "BY"):
         table.add_column(name, overflow="fold")
     for key, old, new, by in rows:
@@ -138,7 +131,7 @@ def _facts(run: dict[str, Any], now: float) -> Table:
 
 
 def _attempts(run: dict[str, Any], now: float, narrow: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = columns()
     table.add_column("ATTEMPT", justify="right", no_wrap=True)
     table.add_column("STATE", no_wrap=True)
     table.add_column("STEPS", no_wrap=True)

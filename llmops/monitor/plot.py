@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CURVE_WIDTH, PIPED_CURVE_WIDTH = 100, 80
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -36,14 +40,7 @@ def loss_curve(points: Iterable[tuple[int, float]], width: int, height: int, tit
     shown = thin(points, 2 * width)  # two dots of a braille cell side by side
     if len(shown) < 2:
         return ""
-    import plotext
-
-    library: Any = plotext  # has no types
-    figure = library.figure
-    figure.clear()
-    library.terminal.limit(False, False)  # the caller knows the width; it may not be a terminal's
-    figure.theme("colorless")
-    figure.plot_size(max(width, 20), max(height, 6))
+    figure, finish = drawing(width, height)
     steps, losses = zip(*shown, strict=True)
     curve = figure.signal(list(steps), list(losses), marker="braille")
     curve.lines()
@@ -53,8 +50,30 @@ def loss_curve(points: Iterable[tuple[int, float]], width: int, height: int, tit
     figure.title(title)
     if min(losses) == max(losses):
         figure.ruler("y").lim(losses[0] - 0.5, losses[0] + 0.5)
-    drawn: str = library.uncolorize(figure.build())
-    return "\n".join(line.rstrip() for line in drawn.splitlines() if line.strip())
+    return finish()
+
+
+def drawing(width: int, height: int) -> tuple[Any, Callable[[], str]]:
+    """A figure of plotext's in ``width`` x ``height`` cells, and what makes lines of it, without colours."""
+    import plotext
+
+    library: Any = plotext  # has no types
+    figure = library.figure
+    figure.clear()
+    library.terminal.limit(False, False)  # the caller knows the width; it may not be a terminal's
+    figure.theme("colorless")
+    figure.plot_size(max(width, 20), max(height, 6))
+
+    def finish() -> str:
+        drawn: str = library.uncolorize(figure.build())
+        return "\n".join(line.rstrip() for line in drawn.splitlines() if line.strip())
+
+    return figure, finish
+
+
+def curve_width(console: Console) -> int:
+    """Columns of a curve there: not all of a wide terminal."""
+    return min(console.width, CURVE_WIDTH) if console.is_terminal else PIPED_CURVE_WIDTH
 
 
 def _ticks(low: float, high: float, count: int) -> list[int]:

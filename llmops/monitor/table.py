@@ -11,14 +11,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from llmops.monitor import printing
 from llmops.monitor.feed import Feed
 from llmops.monitor.plot import sparkline
+from llmops.monitor.printing import PIPED, columns
 from llmops.monitor.text import clean, count, duration, number, percent
 from llmops.runs.state import DONE
 
 WIDE = 160  # from this many columns on, a run takes one line; below, two
 REDRAW_S = 1.0
-PIPED = 4000  # no line of a pipe is folded or cut
 COLOURS = {
     "pending": "cyan",
     "running": "green",
@@ -35,13 +36,8 @@ def show(described: Sequence[dict[str, Any]], console: Console, now: float) -> N
     """Print the table once."""
     if not described:
         console.out("no runs", highlight=False)
-    elif console.is_terminal:
-        console.print(build(described, console.width, now, console.options.ascii_only))
     else:
-        plain = Console(width=PIPED, color_system=None, file=console.file)
-        with plain.capture() as capture:
-            plain.print(build(described, PIPED, now, plain.options.ascii_only))
-        console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+        printing.show(console, lambda out: out.print(build(described, out.width, now, out.options.ascii_only)))
 
 
 def live(fetch: Callable[[], Sequence[dict[str, Any]]], interval: float, console: Console) -> None:
@@ -91,7 +87,7 @@ def build(described: Sequence[dict[str, Any]], width: int, now: float, ascii_onl
 
 
 def _wide(rows: Sequence[_Row], width: int) -> Table:
-    table = _table()
+    table = columns()
     right = ("TOK/S", "MFU", "GOODPUT", "ETA", "SAVED", "AGE")
     for name in ("NAME", "BACKEND", "JOB", "STATE", "PROGRESS", "LOSS", *right[:4], "ATTEMPTS", *right[4:]):
         table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
@@ -123,7 +119,7 @@ def _wide(rows: Sequence[_Row], width: int) -> Table:
 
 def _narrow(rows: Sequence[_Row]) -> Table:
     """Two lines a run, and a third for one that is well."""
-    table = _table()
+    table = columns()
     for name in ("NAME", "STATE", "PROGRESS", "LOSS", "ETA"):
         table.add_column(name, no_wrap=True, justify="right" if name == "ETA" else "left")
     table.columns[0].ratio, table.columns[1].ratio = 3, 4
@@ -143,10 +139,6 @@ def _narrow(rows: Sequence[_Row]) -> Table:
             _lines(row.eta, Text(f"{again}{row.age}", style="bright_black")),
         )
     return table
-
-
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def _lines(*lines: Text) -> Group:

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmops.config.overrides import assign
-from llmops.monitor.table import PIPED
+from llmops.monitor import printing
+from llmops.monitor.plot import curve_width, drawing
+from llmops.monitor.printing import columns
 from llmops.monitor.text import clean, duration, number
 from llmops.sweep import importance
 from llmops.sweep.model import StudyRecord, TrialRow
@@ -22,8 +24,6 @@ from llmops.sweep.table import ORDER, STATE_COLOURS, counts
 MOST = 20  # trials in the table
 BAR_WIDTH = 40
 CURVE_HEIGHT = 14
-CURVE_WIDTH = 100
-PIPED_CURVE_WIDTH = 80
 FIXED_WIDTH = 41  # columns of the table before the parameters
 PARAMETER_WIDTH = 24  # of one, at most
 
@@ -86,13 +86,7 @@ def summary(record: StudyRecord, rows: Sequence[TrialRow]) -> dict[str, Any]:
 
 def show(record: StudyRecord, rows: Sequence[TrialRow], console: Console) -> None:
     """Print the page; into a pipe, plain lines that are neither folded nor cut."""
-    if console.is_terminal:
-        _print(record, rows, console, min(console.width, CURVE_WIDTH))
-        return
-    plain = Console(width=PIPED, color_system=None, file=console.file)
-    with plain.capture() as capture:
-        _print(record, rows, plain, PIPED_CURVE_WIDTH)
-    console.file.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    printing.show(console, lambda out: _print(record, rows, out, curve_width(out)))
 
 
 def _print(record: StudyRecord, rows: Sequence[TrialRow], console: Console, width: int) -> None:
@@ -164,7 +158,7 @@ def _axes(record: StudyRecord, shares: dict[str, float], rows: Sequence[TrialRow
 
 
 def _table(rows: Sequence[TrialRow], keys: Sequence[str], ascii_only: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = columns()
     for name in ("TRIAL", "STATE", "VALUE", "STEP"):
         table.add_column(name, no_wrap=True, justify="left" if name == "STATE" else "right")
     for key in keys:
@@ -199,14 +193,7 @@ def _curve(record: StudyRecord, rows: Sequence[TrialRow], width: int) -> str:
     line = so_far(record, rows)
     if len(line) < 2:
         return ""
-    import plotext
-
-    library: Any = plotext  # has no types
-    figure = library.figure
-    figure.clear()
-    library.terminal.limit(False, False)  # the caller knows the width; it may not be a terminal's
-    figure.theme("colorless")
-    figure.plot_size(max(width, 20), CURVE_HEIGHT)
+    figure, finish = drawing(width, CURVE_HEIGHT)
     values = {row.trial: row.value for row in ranked(record, rows)}
     trials = [trial for trial, _ in line]
     steps = figure.signal(trials, [value for _, value in line], marker="braille")
@@ -219,8 +206,7 @@ def _curve(record: StudyRecord, rows: Sequence[TrialRow], width: int) -> str:
     if len(set(values.values())) == 1:
         figure.ruler("y").lim(line[0][1] - 0.5, line[0][1] + 0.5)
     figure.title("value by trial, and the best so far")
-    drawn: str = library.uncolorize(figure.build())
-    return "\n".join(text.rstrip() for text in drawn.splitlines() if text.strip())
+    return finish()
 
 
 def _value(value: object, ascii_only: bool) -> str:

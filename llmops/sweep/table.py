@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmops.monitor.table import COLOURS, PIPED
+from llmops.monitor import printing
+from llmops.monitor.printing import columns
+from llmops.monitor.table import COLOURS
 from llmops.monitor.text import clean, duration, number
 from llmops.sweep.model import StudyRecord, TrialRow
 from llmops.sweep.records import Study
@@ -27,10 +29,11 @@ def counts(rows: Sequence[TrialRow]) -> str:
 
 def show(study: Study, rows: Sequence[TrialRow], console: Console | None = None) -> None:
     """Print the state of a study."""
-    console = console or Console()
+    printing.show(console or Console(), lambda out: _print(study, rows, out))
+
+
+def _print(study: Study, rows: Sequence[TrialRow], console: Console) -> None:
     record = study.record
-    if not console.is_terminal:
-        console = Console(width=PIPED, color_system=None, file=console.file)
     console.print(Text.assemble((clean(record.name), "bold"), "  ", clean(study.id)))
     sweep = record.sweep
     pruner = f" with {sweep.pruner.name}" if sweep.pruner.name != "none" else ""
@@ -50,7 +53,7 @@ def _interest(record: StudyRecord, row: TrialRow) -> tuple[int, float]:
 
 
 def _table(record: StudyRecord, rows: Sequence[TrialRow]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = columns()
     for name in ("TRIAL", "STATE", "VALUE", "STEP", *(clean(axis.key) for axis in record.axes), "TIME", "WHY"):
         table.add_column(name, no_wrap=name != "WHY", overflow="ellipsis", justify="left")
     for row in rows:
