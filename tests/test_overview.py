@@ -253,3 +253,20 @@ def test_a_study_that_is_none(make_run: RunMaker) -> None:
     finished(make_run)
     with pytest.raises(UserError, match="there is no study"):
         overview.trials("done", make_run.runs_url)
+
+
+def test_in_an_object_store(s3_url: str, scheduler: Scheduler, reads: list[str]) -> None:
+    make_run = RunMaker(s3_url)
+    made, other = finished(make_run), finished(make_run)
+    alive = running(make_run, scheduler).load().id
+    first = overview.overview(runs_url=s3_url).rows
+    assert [each["state"] for each in first] == ["finished", "finished", "running"]
+    reads.clear()
+    assert overview.overview(runs_url=s3_url).rows[:2] == first[:2]
+    assert reads == [alive]
+    record = records.SubmissionRecord(number=1, tag="again", backend="slurm", created=T0)
+    assert records.write_submission(made.store, record)
+    reads.clear()
+    overview.overview(runs_url=s3_url)
+    assert sorted(reads) == sorted([made.load().id, alive])
+    assert other.load().id not in reads
