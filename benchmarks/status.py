@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/status.py [--runs 10000] [--live 200] [--gone 20] [--rounds 5] [--json FILE]
 
-Needs a SLURM (slurm/dev-cluster.sh up). 9,000 held elements of arrays are the queue that any query has to read; the first
-``--live`` of them belong to runs that are not over, ``--gone`` runs have jobs that have left the queue. The commands
-take turns. Run it on a quiet machine. All jobs are cancelled at the end.
+Needs a SLURM (slurm/dev-cluster.sh up). 9,000 held elements of arrays are the queue that any query has to read; the
+first ``--live`` of them belong to runs that are not over, ``--gone`` runs have jobs that have left the queue. The
+commands take turns. Run it on a quiet machine. All jobs are cancelled at the end.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="llmops-status-"))
     jobs: list[str] = []
     try:
-        for _ in range(ARRAYS):
-            jobs.append(submit(folder, "--hold", f"--array=0-{ELEMENTS - 1}"))
+        jobs += [submit(folder, "--hold", f"--array=0-{ELEMENTS - 1}") for _ in range(ARRAYS)]
         queued = [f"{job}_{index}" for job in jobs for index in range(ELEMENTS)]
         gone = [submit(folder) for _ in track(range(arguments.gone), "short jobs")]
         jobs += gone

@@ -11,7 +11,7 @@ from llmops.backends.slurm_reasons import in_words
     ("reason", "words"),
     [
         ("Resources", "waits for nodes to become free (Resources)"),
-        ("ReqNodeNotAvail, UnavailableNodes:n[1-4]", "a node that it asked for is not available (ReqNodeNotAvail, Unav"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-4]", "a node that it asked for is not available (ReqNodeNot"),
         ("QOSMaxJobsPerUserLimit", "its QOS allows no more at present (QOSMaxJobsPerUserLimit)"),
         ("AssocGrpCpuLimit", "all jobs of its account together have reached a limit (AssocGrpCpuLimit)"),
         ("(Priority)", "waits behind jobs of higher priority (Priority)"),
