@@ -7,7 +7,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -17,23 +20,34 @@ MANY = 200  # fewer are read before a bar could be seen
 
 @contextmanager
 def reading(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function of how many of how many are done. It may be called by any thread."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task(what, total=None)
+    """Gives a function of how many of how many are done. It may be called by any thread; of few, nothing is shown."""
+    bars: list[Progress] = []
+    lock = threading.Lock()
 
     def tell(done: int, total: int) -> None:
-        if total >= MANY:
-            progress.start()  # once; again it does nothing
-            progress.update(task, completed=done, total=total)
+        if total < MANY:
+            return
+        with lock:
+            bar = bars[0] if bars else _bar(what)
+            bars[:] = [bar]
+            bar.update(bar.task_ids[0], completed=done, total=total)
 
     try:
         yield tell
     finally:
-        progress.stop()
+        for bar in bars:
+            bar.stop()
+
+
+def _bar(what: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(what, total=None)
+    bar.start()
+    return bar
 
 
 def patiently(work: Callable[[], T], waiting_for: str) -> T:

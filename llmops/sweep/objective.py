@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from llmops.agent.output import unstamped
 from llmops.config.schema import SweepConfig
 from llmops.runs.lineage import segments
 from llmops.runs.model import Attempt, AttemptEnd, Run, Submission
@@ -210,7 +211,7 @@ class Reader:
         if self._pattern is None:
             self._take_metric(state, line)
             return
-        for match in self._pattern.finditer(line.decode("utf-8", "replace")):
+        for match in self._pattern.finditer(unstamped(line).decode("utf-8", "replace")):
             found = match.groupdict()
             try:
                 value = float(found["value"])

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 
 import pytest
 
 from llmops import agent_zip
 from llmops.agent import attempts, carry, processes, ranks
 from llmops.agent.control import ControlDir
-from llmops.agent.output import RankOutput
+from llmops.agent.output import STAMP, RankOutput, stamp, unstamped
 from llmops.agent.rundir import RunDir
 from llmops.agent.signals import STOP_SIGNALS
 from llmops.agent.wire import MAX_LINE, Connection, ProtocolError
@@ -167,9 +168,38 @@ def test_secrets_are_blotted_out_wherever_the_pipe_is_cut(tmp_path, cut):
         assert output.pump()
     os.close(write_end)
     assert not output.pump()
-    written = (tmp_path / "logs/0000/n1/rank0.000000.log").read_text()
-    assert written == "token=[secret] and [secret]\nlast [secret]\n"
-    assert "s3cr3t" not in output.tail()
+    written = (tmp_path / "logs/0000/n1/rank0.000000.log").read_bytes().splitlines()
+    assert all(STAMP.match(line) for line in written)
+    assert [unstamped(line) for line in written] == [b"token=[secret] and [secret]", b"last [secret]"]
+    assert output.tail() == "token=[secret] and [secret]\nlast [secret]"
+
+
+def test_each_line_begins_with_its_time_wherever_the_pipe_is_cut(tmp_path):
+    read_end, write_end = os.pipe()
+    output = RankOutput(read_end, RunDir(str(tmp_path)), "logs/0000/n1/rank0", [])
+    began = time.time()
+    for piece in (b"a\nb", b"b\n\n", b"10%\r20%\r", b"30%\n2026-11-23T03:27:00.123Z its own\nno end"):
+        os.write(write_end, piece)
+        assert output.pump()
+    os.close(write_end)
+    assert not output.pump()
+    written = (tmp_path / "logs/0000/n1/rank0.000000.log").read_bytes()
+    lines = written.split(b"\n")
+    expected = [b"a", b"bb", b"", b"10%\r20%\r30%", b"2026-11-23T03:27:00.123Z its own", b"no end"]
+    assert [unstamped(line) for line in lines] == expected
+    assert output.tail() == b"\n".join(expected).decode()
+    times = [datetime.fromisoformat(line[:24].decode()).timestamp() for line in lines]
+    assert times == sorted(times)
+    assert began - 0.001 <= times[0] <= times[-1] <= time.time()
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [(0.0, b"1970-01-01T00:00:00.000Z "), (1795404420.9999, b"2026-11-23T03:27:00.999Z ")],
+)
+def test_stamps_are_utc_and_of_one_length(now, expected):
+    assert stamp(now) == expected
+    assert STAMP.fullmatch(stamp(now))
 
 
 DETACHED = """

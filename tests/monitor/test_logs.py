@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from llmops.monitor import logs
-from llmops.monitor.logs import LogLine, follow, prefixed, printable, tail
+from llmops.monitor import log_positions
+from llmops.monitor.log_streams import Limits, LogLine, Selection
+from llmops.monitor.logs import Style, follow, prefixed, printable, tail
 from llmops.runs.store import PosixStore
 
 
@@ -53,10 +54,15 @@ def test_the_last_lines_of_each_rank(made: Any, n: int, expected: list[str]) -> 
     assert texts(tail(made.load(), n=n)) == expected
 
 
+def small_blocks(monkeypatch: pytest.MonkeyPatch, block: int, held: int = 1 << 20) -> None:
+    monkeypatch.setattr(Limits, "of", lambda streams, remote: Limits(block, held))
+
+
 @pytest.mark.parametrize("block", [1, 3, 64])
 @pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\n\n\n", "one\ntwo\nthree\n", "one\ntwo\nthree", "\n\nx"])
 def test_the_tail_is_the_end_of_all(make_run: Any, monkeypatch: pytest.MonkeyPatch, text: str, block: int) -> None:
-    monkeypatch.setattr(logs, "BLOCK", block)
+    monkeypatch.setattr(log_positions, "BLOCK", block)
+    small_blocks(monkeypatch, block)
     made = make_run()
     made.log(0, 0, text)
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -79,13 +85,13 @@ def test_only_the_end_of_a_huge_file_is_read(make_run: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(PosixStore, "read", counting)
     assert [line.text for line in tail(made.load(), n=2)] == ["line 299998", "line 299999"]
-    assert read < 3 * logs.BLOCK
+    assert read < 3 * log_positions.BLOCK
 
 
 def test_lines_without_an_end_are_bounded(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "BLOCK", 16)
-    monkeypatch.setattr(logs, "MAX_HELD", 64)
-    monkeypatch.setattr(logs, "MAX_TAIL", 128)
+    monkeypatch.setattr(log_positions, "BLOCK", 16)
+    monkeypatch.setattr(log_positions, "MAX_TAIL", 128)
+    small_blocks(monkeypatch, 16, 64)
     made = make_run()
     made.log(0, 0, "x" * 500)
     lines = [line.text for line in tail(made.load())]
@@ -213,18 +219,24 @@ def test_an_object_store(make_run: Any, memory_url: str) -> None:
 
 def test_prefixes_where_there_can_be_several_streams(made: Any, make_run: Any) -> None:
     run = made.load()
-    assert prefixed(run, None, None)
-    assert prefixed(run, 0, None)
-    assert prefixed(run, None, 0)
-    assert not prefixed(run, 0, 0)
+    assert prefixed(run, Selection())
+    assert prefixed(run, Selection(0))
+    assert prefixed(run, Selection(attempt=0))
+    assert not prefixed(run, Selection(0, 0))
+    assert not prefixed(run, Selection(range(1), 0))
+    assert prefixed(run, Selection(range(2), 0))
     single = make_run("single", nodes=1, ranks_per_node=1)
     single.log(0, 0, "x")
-    assert not prefixed(single.load(), None, None)
-    assert prefixed(single.load(), None, None, following=True)
-    assert not prefixed(single.load(), None, 0, following=True)
+    assert not prefixed(single.load(), Selection())
+    assert prefixed(single.load(), Selection(), following=True)
+    assert not prefixed(single.load(), Selection(attempt=0), following=True)
 
 
 def test_terminals_get_colours_only() -> None:
-    line = LogLine(1, "3", "\x1b[31mred\x1b[2J[bold]")
-    assert printable(line, True, True) == "[1/3] \x1b[31mred[bold]\x1b[0m"
-    assert printable(line, False, False) == line.text
+    line = LogLine(1, "3", "\x1b[31mred\x1b[2J[bold]", "2026-11-23T03:27:00.123Z", "n2")
+    assert printable(line, Style(prefix=True, terminal=True)) == "[1/3] red[bold]"
+    assert printable(line, Style(terminal=True, colour=True)) == "\x1b[31mred[bold]\x1b[0m"
+    assert printable(line, Style()) == line.text
+    coloured = [printable(line._replace(source=rank), Style(True, colour=True)) for rank in ("3", "4", "13")]
+    assert len({text.partition("[1/")[0] for text in coloured}) == 2, "neighbours differ, and 3 and 13 are the same"
+    assert printable(line._replace(node="\x1b[2Jn2\n"), Style(True, node=True)).startswith("[1/3 n2] ")

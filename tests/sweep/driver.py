@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmops.agent.output import unstamped
 from tests.launcher.harness import Launcher
 
 PROGRAM = Path(__file__).with_name("program.py")
@@ -55,7 +56,7 @@ class Sweeper(Launcher):
         """What each step of a trial printed, as text; a step that ran twice must have printed the same."""
         found: dict[int, str] = {}
         for path in sorted(self.run_folder(study, trial).glob("logs/*/*/rank0.*.log")):
-            for line in path.read_text().splitlines():
+            for line in (unstamped(each).decode() for each in path.read_bytes().splitlines()):
                 if line.startswith("step=") and " loss=" in line:
                     step, value = line.removeprefix("step=").split(" loss=")
                     assert found.setdefault(int(step), value) == value, f"step {step} of trial {trial} differs"
