@@ -20,6 +20,7 @@ import msgspec
 
 from llmops import __version__, agent_zip, backends
 from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
+from llmops.config import notify_rules
 from llmops.config.compose import Composed
 from llmops.config.schema import RunConfig, warning_seconds
 from llmops.config.schema import backend as backend_of
@@ -75,6 +76,8 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
     for secret in () if backend.own_image else config.secrets:  # there the cluster has their values
         if secret not in os.environ:
             raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
+    if not backend.own_image:
+        notify_rules.check_values(config.notify)
     now = time.time()
     owner, host = records.whoami()
     return Prepared(composed, backend, records.new_run_id(name, now), name, runs, owner, host, now)
@@ -118,7 +121,7 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     }
     options = prepared.backend.options(config.cluster, values)
     if not prepared.backend.own_image:
-        if config.secrets:
+        if hidden_names(config):
             options["secrets_file"] = str(secrets_file(prepared, submission))
         if origin.archive is None:
             options["work_dir"] = origin.work_dir or str(Path.cwd())
@@ -162,6 +165,11 @@ def agent_path(prepared: Prepared) -> Path | None:
     """Where the supervisor lies in a run store that is a folder. With others it travels inside the job."""
     folder = prepared.runs.local_path
     return folder / "agent" / agent_zip.build()[0] if folder else None
+
+
+def hidden_names(config: RunConfig) -> list[str]:
+    """Variables whose values travel in a file of their own: the ranks' secrets, and what notifications need."""
+    return list(dict.fromkeys([*config.secrets, *notify_rules.secret_names(config.notify)]))
 
 
 def secrets_file(prepared: Prepared, submission: int) -> Path:
@@ -249,15 +257,16 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, origin
     if not records.write_submission(run, record):
         raise UserError(f"{prepared.run_id} is being resumed by somebody else just now; see `llmops status`")
     job = run.sub(f"job/{number:04d}")
-    if prepared.config.secrets and "secrets_file" in spec.options:
-        values = {name: os.environ[name] for name in prepared.config.secrets}
+    hidden = hidden_names(prepared.config)
+    if hidden and "secrets_file" in spec.options:
+        values = {name: os.environ[name] for name in hidden}
         path = secrets_file(prepared, number)
         PosixStore(path.parent).create(path.name, json.dumps(values).encode(), mode=0o600)
     job.create(prepared.backend.text_name, text.encode())
     # The last object before the call: a submission without it was never sent.
     job.create("spec.json", json.dumps(spec.to_json(), indent=1, sort_keys=True).encode())
     try:
-        job_id = prepared.backend.submit(Submission(spec, agent, text, hidden_env=prepared.config.secrets))
+        job_id = prepared.backend.submit(Submission(spec, agent, text, hidden_env=hidden))
     except Rejected as error:
         records.write_failed(run, number, str(error))
         raise UserError(f"{prepared.backend.name} refused the job: {error}") from error

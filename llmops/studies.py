@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from llmops.sweep.resume import Plan
 
 
-def overview(refs: Sequence[str] = (), runs_url: str | None = None) -> list[dict[str, Any]]:
-    from llmops.overview import overview as see
-
-    return see(refs, runs_url).rows
-
-
 def prepare(
     overrides: Sequence[str] = (),
     *,

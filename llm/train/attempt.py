@@ -12,10 +12,12 @@ from llm.checkpoint.lineage import folders, newest_commit
 from llm.train.checkpoint import Checkpointer
 from llm.train.control import Control
 from llm.train.dist import World, connect
+from llm.train.exporter import Exporter
 from llm.train.logging import Metrics
 from llm.train.loop import Trainer, prepare
 from llm.train.resharding import together
 from llm.train.schedule import retention
+from llm.train.throughput import gpu_memory
 from llm.utils.config import TrainingConfig
 from llm.utils.storage import Storage, open_storage
 
@@ -31,6 +33,9 @@ def run_attempt(
     control.heartbeat("connect")
     world = connect(config.dist, rank, size, local_rank)
     metrics.write("phase", phase="distributed")
+    exporter = Exporter(control, lambda: gpu_memory(world.device))
+    if rank == 0:
+        exporter.start()
     control.heartbeat("load")
     storage = open_storage(run_url)
     try:
@@ -40,7 +45,7 @@ def run_attempt(
         checkpointer = Checkpointer(
             storage, world, attempt, generation, keep, saving.save_seconds, code, snapshots=saving.snapshot_steps > 0
         )
-        trainer = Trainer(config, world, storage, control, metrics, checkpointer)
+        trainer = Trainer(config, world, storage, control, metrics, checkpointer, exporter)
         checkpointer.check_store()  # before the first line of metrics: it says best what is wrong
         together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
         trainer.start(resume)
@@ -50,6 +55,7 @@ def run_attempt(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
+        exporter.close()
         if world.grouped:
             dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
     stop                the supervisor wants the run to save and leave; ranks look for it once a step
     heartbeat.<rank>    what this rank is doing, replaced at each step
     stopped.<rank>      the state is saved, after which step and where
+    metrics.<rank>      the port at which this rank serves its metrics
     rescuer.<rank>      the process that commits the last snapshot if this rank dies
 
 Without LLMOPS_CONTROL_DIR nobody watches: nothing is written, and SIGTERM takes the place of the stop file.
@@ -65,6 +66,10 @@ class Control:
     def stopped(self, step: int, commit: str) -> None:
         """Tell the supervisor that the state after ``step`` is saved in ``commit``."""
         self._replace(f"stopped.{self.rank}", {"step": step, "commit": commit, "time": time.time()})
+
+    def serving(self, port: int) -> None:
+        """Tell the supervisor where this rank serves its metrics."""
+        self._replace(f"metrics.{self.rank}", {"port": port})
 
     def rescuer(self, pid: int, limit_s: float) -> None:
         """Tell the supervisor which process still has work when this rank has died, and for how many seconds."""

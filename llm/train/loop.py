@@ -25,9 +25,11 @@ from llm.model.transformer import Transformer
 from llm.train.checkpoint import Checkpointer, Event
 from llm.train.control import EXIT_STOPPED, Control
 from llm.train.dist import World, shard
+from llm.train.exporter import Exporter
 from llm.train.logging import Metrics
 from llm.train.optim import AdamW, clip_coefficient, learning_rate
 from llm.train.schedule import SaveSchedule
+from llm.train.throughput import Throughput, gpu_memory
 from llm.utils.config import ConfigError, TrainingConfig
 from llm.utils.storage import Storage
 
@@ -43,12 +45,14 @@ class Trainer:
         control: Control,
         metrics: Metrics,
         checkpointer: Checkpointer,
+        exporter: Exporter,
     ) -> None:
-        self.config, self.world, self.storage = config, world, storage
+        self.config, self.world, self.storage, self.exporter = config, world, storage, exporter
         self.control, self.metrics, self.checkpointer = control, metrics, checkpointer
         self.dtype = getattr(torch, config.train.dtype)
         self.text = load_text(config.data.source, config.data.validation_fraction)
         train = config.train
+        self.throughput = Throughput(config.model, train, world.size, world.device)
         self.windows = Windows(
             self.text.train, train.seq_len, train.global_batch_size, train.seed, world.rank, world.size
         )
@@ -65,6 +69,7 @@ class Trainer:
         self.evaluation_loss: float | None = None
         self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
+        self.stalled_s = 0.0  # in which saves held this attempt up so far
         self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
         self.saved: Commit | None = None  # what holds the state after ``step``, or before it
         checkpointer.attach(self.optimizer.state())
@@ -108,6 +113,7 @@ class Trainer:
         """One update from this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
         began = time.perf_counter()
         rows = next(data)
+        data_s = time.perf_counter() - began
         config, world = self.config.train, self.world
         global_tokens = config.global_batch_size * config.seq_len
         loss_sum = torch.zeros((), device=world.device)
@@ -146,7 +152,7 @@ class Trainer:
         self.step += 1
         self.loss = loss
         self.control.heartbeat("train", self.step)
-        self.report(loss, norm, lr, time.perf_counter() - began)
+        self.report(loss, norm, lr, time.perf_counter() - began, data_s)
         if failures and world.rank == 0:
             self.checkpointer.abandon("another rank could not write its part: its log says why")
         self.part_failed = False
@@ -193,18 +199,22 @@ class Trainer:
         self.evaluated = self.step
         if world.rank == 0 and total[1]:
             value = self.evaluation_loss = float(total[0] / total[1])
+            self.exporter.evaluated(value)
             self.metrics.write("eval", step=self.step, loss=value)
             print(f"step {self.step:>7}  held-out loss {value:.4f}", flush=True)
         return False
 
-    def report(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+    def report(self, loss: float, norm: float, lr: float, seconds: float, data_s: float) -> None:
         """The step's line in the metrics and in the log."""
         config = self.config.train
+        tokens = config.global_batch_size * config.seq_len
+        mfu = self.throughput.mfu(tokens / seconds)
+        self.exporter.stepped(self.step, loss, norm, lr, tokens, seconds, data_s, mfu)
         if self.control.first_step == self.step:
             self.metrics.write("phase", phase="first_step", step=self.step)
         if self.world.rank or (self.step % config.log_every and self.step != config.max_steps):
             return
-        tokens = config.global_batch_size * config.seq_len
+        memory = gpu_memory(self.world.device)
         self.metrics.write(
             "step",
             step=self.step,
@@ -214,6 +224,9 @@ class Trainer:
             tokens=self.step * tokens,
             tokens_per_s=tokens / seconds,
             step_s=seconds,
+            data_s=data_s,
+            mfu=mfu,
+            gpu_bytes=None if memory is None else memory["peak"],
         )
         print(
             f"step {self.step:>7}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s",
@@ -225,15 +238,23 @@ class Trainer:
     def save(self, wait: bool) -> Commit:
         """Begin to commit the state after this step, and with it the metrics up to here; ``wait`` until it counts."""
         self.control.heartbeat("save")
+        began = time.perf_counter()
         files = self.metrics.hand_over() if self.world.rank == 0 else None
         commit = self.checkpointer.save(self.step, self.record(), files)
         self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
         blocked, waited = self.checkpointer.blocked_s, self.checkpointer.waited_s
-        self.metrics.write("phase", phase="staged", step=self.step, seconds=blocked, waited_s=waited)
+        self.stalled_s += time.perf_counter() - began
+        self.exporter.stalled(self.stalled_s)
+        stall = {"seconds": blocked, "waited_s": waited, "stall_s": self.stalled_s}
+        self.metrics.write("phase", phase="staged", step=self.step, **stall)
         if wait:
             self.control.heartbeat("commit")
-            self.note(self.checkpointer.wait())
+            began = time.perf_counter()
+            events = self.checkpointer.wait()
+            self.stalled_s += time.perf_counter() - began
+            self.exporter.stalled(self.stalled_s)
+            self.note(events)
         self.saved = commit
         return commit
 
@@ -262,12 +283,19 @@ class Trainer:
         for event in events:
             if event.reason is not None:
                 self.part_failed = True
+                self.exporter.failed()
                 self.metrics.write("phase", phase="save_failed", step=event.commit.step, reason=event.reason)
                 print(f"warning: {event.commit.path} was not saved: {event.reason}", file=sys.stderr, flush=True)
             elif event.committed:
                 self.metrics.committed()
+                self.exporter.committed(event.seconds, event.bytes)
                 self.metrics.write(
-                    "phase", phase="saved", step=event.commit.step, seconds=event.seconds, bytes=event.bytes
+                    "phase",
+                    phase="saved",
+                    step=event.commit.step,
+                    seconds=event.seconds,
+                    bytes=event.bytes,
+                    stall_s=self.stalled_s,
                 )
                 if event.seconds > self.config.checkpoint.save_seconds * 0.8:
                     print(

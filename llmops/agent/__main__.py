@@ -1,4 +1,4 @@
-"""``python agent.pyz local|slurm|k8s|pool|node``: the supervisor's entry points."""
+"""``python agent.pyz local|slurm|k8s|pool|node|notify``: the supervisor's entry points."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def main(argv: list[str]) -> int:
     pool.add_argument("--submission", type=int, required=True)
     node = verbs.add_parser("node", help="run the ranks of one node (started by the supervisor)")
     node.add_argument("--node", type=int, default=None, help="index of this node; default: SLURM_NODEID")
+    verbs.add_parser("notify", help="tell people how an attempt ended (started by the supervisor)")
     arguments = parser.parse_args(argv)
+    if arguments.verb == "notify":
+        from llmops.agent.notify import main as tell
+
+        return tell()
     if arguments.verb == "node":
         from llmops.agent.node import main as run_node
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llmops.agent import attempts
 from llmops.agent.coordinator import StopRequest
 from llmops.agent.lobby import Fleet, Lobby
 from llmops.agent.log import log
@@ -116,7 +117,11 @@ def main(rundir: RunDir, submission: int) -> int:
         supervisor = PodSupervisor(rundir, submission, spec, place)
         if why := supervisor.spent():
             log(f"giving up: {why}")
-            return supervisor.act(Decision("exit", "failed", exits.give_up))
+            decision = Decision("exit", "failed", exits.give_up, detail=why)
+            supervisor.notifier.tell(attempts.numbers(rundir)[-1], Outcome("lost"), decision)
+            code = supervisor.act(decision)
+            supervisor.notifier.finish()
+            return code
         return supervisor.run(
             signals, supervisor.launch, supervisor.on_signal, supervisor.poll, supervisor.decide, supervisor.act
         )

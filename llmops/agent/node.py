@@ -15,6 +15,7 @@ from typing import Any
 
 from llmops.agent import processes, ranks, snapshot
 from llmops.agent.control import ControlDir
+from llmops.agent.exporter import NodeExporter, Plan
 from llmops.agent.output import RankOutput
 from llmops.agent.rundir import RunDir, open_rundir
 from llmops.agent.signals import STOP_SIGNALS, SignalPipe
@@ -53,6 +54,7 @@ class NodeAgent:
         self.selector.register(self.coordinator, selectors.EVENT_READ, "coordinator")
         self.ranks: list[Rank] = []
         self.rundir: RunDir | None = None
+        self.exporter: NodeExporter | None = None
         self.control: ControlDir | None = None
         self.spec: dict[str, Any] = {}
         self.deadline: float | None = None  # epoch seconds by which a stop must be over
@@ -93,8 +95,12 @@ class NodeAgent:
                 self._check_time()
                 if self.rundir:
                     self.rundir.tend()
+                if self.exporter:
+                    self.exporter.tend()
         finally:
             self._kill()
+            if self.exporter:
+                self.exporter.close()
             if self.control:
                 self.control.remove()
             if self.rundir:
@@ -134,6 +140,7 @@ class NodeAgent:
         archive = self.spec["code_archive"]
         code = snapshot.unpack(archive, rundir) if archive else None
         per_node = self.spec["ranks_per_node"]
+        metrics = Plan(self.spec, self.reserved.getsockname()[0])
         self.reserved.close()
         for local_rank in range(per_node):
             place = ranks.Placement(
@@ -146,6 +153,7 @@ class NodeAgent:
                 master_port=message["master_port"],
             )
             env = ranks.environment(self.spec, place, attempt, self.control.path, code, self.agent_id)
+            env.update(metrics.rank_environment(place.rank))
             process = ranks.start_rank(self.spec, place, {**env, **secrets}, code)
             assert process.stdout is not None
             output = RankOutput(
@@ -159,6 +167,21 @@ class NodeAgent:
             self.ranks.append(rank)
             self.selector.register(output, selectors.EVENT_READ, rank)
         self.coordinator.send({"type": "started", "node": self.node, "time": time.time()})
+        if metrics.enabled:
+            self.exporter = NodeExporter(self.spec["python"], self._about_metrics(metrics, attempt["number"]))
+
+    def _about_metrics(self, plan: Plan, attempt: int) -> dict[str, Any]:
+        return {
+            "run_url": self.spec["run_url"],
+            "attempt": attempt,
+            "node": self.node,
+            "name": node_name(),
+            "control": self.control.path if self.control else "",
+            "bind": plan.bind,
+            "address": plan.address,
+            "port": plan.port,
+            "ranks": {str(rank.place.rank): rank.process.pid for rank in self.ranks},
+        }
 
     def _stop(self, cause: str, deadline: float) -> None:
         if self.control is None:

@@ -12,6 +12,7 @@ from llmops.agent import attempts
 from llmops.agent.coordinator import Coordinator, Launcher, Rendezvous, StopRequest
 from llmops.agent.follower import Follower
 from llmops.agent.log import log
+from llmops.agent.notify import Notifier
 from llmops.agent.policy.common import Decision, Outcome
 from llmops.agent.rundir import RunDir, StoreError
 from llmops.agent.signals import SignalPipe
@@ -40,6 +41,7 @@ class Supervisor:
         self.address = address
         self.refusal_code = self.superseded_code = 0  # what the job returns when it may not run, or no longer
         self._polled = 0.0
+        self.notifier = Notifier(rundir, submission, spec)
 
     def may_run(self) -> str | None:
         """None when this job may claim attempts of the run, else why not.
@@ -102,6 +104,7 @@ class Supervisor:
         """Run attempts until ``decide`` wants something else than another one here; then ``act`` on it."""
         rendezvous = Rendezvous(self.address)
         follower: Follower | None = None
+        last: tuple[int, Outcome] | None = None
 
         def leave(decision: Decision) -> int:
             if follower is not None:
@@ -109,7 +112,14 @@ class Supervisor:
                     follower.finish()
                 else:
                     follower.abandon()
-            return act(decision)
+            code = act(decision)
+            if decision.action == "exit":
+                self.notifier.finish()
+            elif code != decision.exit_code and last is not None:
+                refused = Decision("exit", decision.reason, code, detail="the scheduler refused to start it again")
+                self.notifier.tell(*last, refused)
+                self.notifier.finish()
+            return code
 
         while True:
             refusal = self.may_run()
@@ -136,6 +146,8 @@ class Supervisor:
             outcome = Coordinator(self.spec, record, rendezvous, signals, on_signal, poll).run(launch)
             decision = decide(outcome)
             self._record_end(number, outcome, decision)
+            last = (number, outcome)
+            self.notifier.tell(number, outcome, decision)
             log(f"attempt {number} ended: {decision.reason}; next: {decision.action} {decision.detail}".rstrip())
             if decision.action == "again":
                 stop = self._back_off(decision.delay_s, signals, on_signal)

@@ -16,10 +16,14 @@ VERBS = {
     "submit": "submit a run: your configuration, or any command after --",
     "render": "print exactly what submit would submit, and submit nothing",
     "status": "what is running, how far, and how it ended",
+    "top": "a full-screen view of all runs",
+    "dashboard": "a web page of all runs, for the team",
     "logs": "the output of a run's ranks, over all its attempts",
+    "goodput": "where the node-hours went: of runs, sweeps, users, weeks",
     "resume": "go on with a stopped run from its last committed step",
     "cancel": "end runs for good",
     "sweep": "run a configuration with many values, as one study; also sweep status|report|best|resume",
+    "metrics": "serve run states to Prometheus, and tell it where jobs serve theirs",
     "ckpt": "list, check, name and remove checkpoints",
 }
 # Verbs of two words: what follows the first is one of these, or an override.

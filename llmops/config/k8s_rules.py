@@ -30,6 +30,7 @@ TAKEN_LABELS = {
     "app.kubernetes.io/managed-by": "remove it",
     "llmops.run": "remove it",
     "llmops.submission": "remove it",
+    "llmops.nodes": "remove it",
     "kueue.x-k8s.io/queue-name": "use cluster.queue",
     "scheduling.x-k8s.io/pod-group": "use cluster.gang",
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm.utils.config import ConfigError
 from llm.utils.config import check as check_training
-from llmops.config import k8s_rules
+from llmops.config import k8s_rules, notify_rules
 from llmops.config.overrides import ENV_NAME
 from llmops.config.schema import (
     K8sCluster,
@@ -92,6 +92,8 @@ def check(config: RunConfig) -> None:
         _refuse_empty(key, _get(config, key))
     _check_environment(config)
     _check_stop(config)
+    _check_metrics(config)
+    notify_rules.check(config)
     if config.command:
         if not config.command[0]:
             raise UserError("command: its first word, the program, is empty")
@@ -119,6 +121,16 @@ def _check_environment(config: RunConfig) -> None:
     both = sorted(set(config.env) & set(config.secrets))
     if both:
         raise UserError(f"env.{both[0]} is also in secrets: keep it in secrets only, env is written to the run")
+
+
+def _check_metrics(config: RunConfig) -> None:
+    metrics = config.metrics
+    _refuse_empty("metrics.host", metrics.host)
+    if metrics.port == 65535:
+        raise UserError("metrics.port=65535: the next one is the trainer's, and there is none; choose a lower one")
+    gateway = metrics.pushgateway
+    if gateway is not None and not re.fullmatch(r"https?://[^\s/]+\S*", gateway):
+        raise UserError(f"metrics.pushgateway={gateway}: not a URL; give one such as http://pushgateway:9091")
 
 
 def _check_stop(config: RunConfig) -> None:

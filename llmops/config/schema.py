@@ -250,7 +250,6 @@ class K8sCluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     annotations: dict[str, str] = {}
     security: SecurityConfig = SecurityConfig()
     host_network: bool = False
-    metrics_port: Port | None = None
     grace_s: PositiveInt | None = None
     wait_s: PositiveInt = 1800
     active_deadline_s: PositiveInt | None = None

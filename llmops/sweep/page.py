@@ -22,8 +22,13 @@ _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in
 
 def html(record: StudyRecord, rows: Sequence[TrialRow]) -> str:
     """The page. Whatever names and values hold, the page shows it as text."""
+    return render_template(TEMPLATE, None, {"data": script_json(data(record, rows))})
+
+
+def data(record: StudyRecord, rows: Sequence[TrialRow]) -> dict[str, Any]:
+    """What the page, and the dashboard, show of a study."""
     found = report.best(record, rows)
-    data = {
+    return {
         "study": {
             "id": record.id,
             "name": record.name,
@@ -40,7 +45,6 @@ def html(record: StudyRecord, rows: Sequence[TrialRow]) -> str:
         "importance": importance.importance(record, rows),
         "importanceKnown": importance.available(),
     }
-    return render_template(TEMPLATE, None, {"data": script_json(data)})
 
 
 def script_json(value: object) -> str:

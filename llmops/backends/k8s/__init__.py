@@ -64,6 +64,8 @@ class K8sBackend:
             "image": cluster.image,
             "grace_s": pod_grace_seconds(cluster, float(spec_values["save_s"])),
             "wait_s": cluster.wait_s,
+            # On a node's own network others may have the port: there it is a free one.
+            "metrics_port": None if cluster.host_network else manifests.METRICS_PORT,
         }
 
     def render(self, cluster: K8sCluster, spec: JobSpec, agent: Path | None) -> str:

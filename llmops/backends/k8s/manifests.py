@@ -20,6 +20,7 @@ from llmops.job import JobSpec
 from llmops.render import render_template
 
 RESTARTS = 1000  # the controllers' own bound; the run's is in the run store
+METRICS_PORT = 9400  # of a node's exporter, where metrics.port says nothing; the next one is the trainer's
 STARTS = 10  # of one trial, whose study shall not wait for days for one that never starts
 NAME_CHARS = 30  # of an object's name before its 8 hex digits: controllers add to it, and 63 is the limit
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -152,6 +153,8 @@ def _pod(
     """What the pod's template says, computed."""
     group = {"scheduling.x-k8s.io/pod-group": spec.options["name"]} if gang == "coscheduling" else {}
     noted = {"scheduling.k8s.io/group-name": spec.options["name"]} if gang == "volcano" else {}
+    ports = _metrics_ports(spec)
+    scraped = {"prometheus.io/scrape": "true", "prometheus.io/port": str(ports[0])} if ports else {}
     volumes, volume_mounts = _volumes(cluster, None if agent is not None else f"{spec.options['name']}-agent")
     program = "/llmops/agent.pyz" if agent is None else str(agent)
     what = "--run" if spec.array is None else "--study"
@@ -159,8 +162,9 @@ def _pod(
     # Pods of other runs must not decide where this one's go.
     ours = {"matchLabels": labels(spec.run_id, spec.submission)}
     return {
-        "labels": {**shared, **group},
-        "annotations": {**cluster.annotations, **noted} or None,
+        # How many pods there are tells a monitor whether this one may be another than that of rank 0.
+        "labels": {**shared, **group, "llmops.nodes": str(spec.nodes)},
+        "annotations": {**scraped, **cluster.annotations, **noted} or None,
         "grace_s": math.ceil(spec.options.get("grace_s") or pod_grace_seconds(cluster, spec.stop.save_s)),
         "token": None if cluster.service_account else False,
         "host_network": True if cluster.host_network else None,
@@ -172,12 +176,22 @@ def _pod(
         "container_security": _container_security(cluster),
         "command": [literal(word) for word in command],
         "env": _environment(cluster, spec),
-        "ports": [{"name": "metrics", "containerPort": cluster.metrics_port}] if cluster.metrics_port else None,
+        "ports": [
+            {"name": name, "containerPort": port}
+            for name, port in zip(("metrics", "metrics-train"), ports, strict=False)
+        ]
+        or None,
         "env_from": [{"configMapRef": {"name": name}} for name in cluster.config_env] or None,
         "resources": _resources(cluster),
         "volumes": volumes,
         "volume_mounts": volume_mounts,
     }
+
+
+def _metrics_ports(spec: JobSpec) -> tuple[int, ...]:
+    """Of the node's exporter and of rank 0; none where nothing is served, or on ports that nobody knows yet."""
+    port = spec.metrics.get("port") or spec.options.get("metrics_port")
+    return (int(port), int(port) + 1) if port and spec.metrics.get("enabled") else ()
 
 
 def _environment(cluster: K8sCluster, spec: JobSpec) -> list[dict[str, Any]]:

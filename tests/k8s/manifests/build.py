@@ -53,10 +53,16 @@ def spec(workload: str, of: K8sCluster, **values: Any) -> JobSpec:
     return JobSpec(**{**fields, **values})
 
 
-def text(workload: str, agent: Path | None = None, env: dict[str, str] | None = None, **values: Any) -> str:
+def text(
+    workload: str,
+    agent: Path | None = None,
+    env: dict[str, str] | None = None,
+    metrics: dict[str, Any] | None = None,
+    **values: Any,
+) -> str:
     """The rendered text of ``workload``, with ``values`` for keys of the cluster."""
     of = cluster(**values)
-    return manifests.render(of, spec(workload, of, env=env or {}), agent)
+    return manifests.render(of, spec(workload, of, env=env or {}, metrics=metrics or {}), agent)
 
 
 def objects(workload: str, agent: Path | None = None, **values: Any) -> dict[str, dict[str, Any]]:

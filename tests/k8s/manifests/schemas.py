@@ -26,6 +26,7 @@ CORE = {
     ("rbac.authorization.k8s.io/v1", "RoleBinding"): "io.k8s.api.rbac.v1.RoleBinding",
     ("scheduling.k8s.io/v1", "PriorityClass"): "io.k8s.api.scheduling.v1.PriorityClass",
 }
+PACKAGED = {("apps/v1", "Deployment")}  # of which no schema was recorded
 # Kinds of schedulers and monitors whose schemas are not at hand, as far as the templates use them.
 OTHER = {
     "scheduling.volcano.sh/v1beta1": {"minMember": {"type": "integer", "minimum": 1}},
@@ -35,6 +36,8 @@ OTHER = {
         "podTargetLabels": {"type": "array", "items": {"type": "string"}},
         "namespaceSelector": {"type": "object"},
         "podMetricsEndpoints": {"type": "array", "items": {"type": "object"}},
+        "endpoints": {"type": "array", "items": {"type": "object"}},
+        "groups": {"type": "array", "items": {"type": "object"}},
     },
 }
 
@@ -42,6 +45,8 @@ OTHER = {
 def problems(item: dict[str, Any]) -> list[str]:
     """What an API server would say against ``item``; nothing when it is valid."""
     key = (item.get("apiVersion", ""), item.get("kind", ""))
+    if key in PACKAGED:
+        return _packaged(item)
     if key in CORE:
         return [*_errors(_core(CORE[key]), item), *_packaged(item)]
     schema = _crds().get(key) or _other(key[0])

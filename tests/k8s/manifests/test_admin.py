@@ -79,11 +79,41 @@ def test_the_launcher_may_do_nothing_that_could_give_it_more():
 def test_the_monitor_finds_the_pods():
     spec = everything()["PodMonitor", "llmops"]["spec"]
     for workload in WORKLOADS:
-        for pod in pods(objects(workload, nodes=2, metrics_port=9400)):
+        for pod in pods(objects(workload, nodes=2, metrics={"enabled": True, "port": 9400})):
             assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
             assert set(spec["podTargetLabels"]) <= set(pod["metadata"]["labels"])
-            (port,) = pod["spec"]["containers"][0]["ports"]
-            assert port["name"] == spec["podMetricsEndpoints"][0]["port"]
+            ports = pod["spec"]["containers"][0]["ports"]
+            assert [each["name"] for each in ports] == [each["port"] for each in spec["podMetricsEndpoints"]]
+            noted = pod["metadata"]["annotations"]
+            assert (noted["prometheus.io/scrape"], noted["prometheus.io/port"]) == (
+                "true",
+                str(ports[0]["containerPort"]),
+            )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "index", "role", "kept"),
+    [
+        *(("1", "", "", True), ("1", "7", "", True), ("2", "0", "", True), ("2", "1", "", False)),
+        *(("12", "", "master", True), ("2", "", "worker", False), ("10", "10", "", False)),
+    ],
+)
+def test_the_monitor_looks_for_the_trainer_where_rank_0_is_alone(nodes, index, role, kept):
+    """``nodes``, ``index`` and ``role`` as they are in a pod's labels; Prometheus joins them with ";"."""
+    rule = everything()["PodMonitor", "llmops"]["spec"]["podMetricsEndpoints"][1]["relabelings"][0]
+    assert rule["action"] == "keep"
+    assert bool(re.fullmatch(rule["regex"], f"{nodes};{index};{role}")) == kept
+
+
+def test_the_operators_rules_are_those_of_prometheus():
+    alerts = yaml.safe_load((TREE / "docker" / "prometheus" / "alerts.yml").read_text())
+    assert everything()["PrometheusRule", "llmops"]["spec"] == alerts
+    service, monitor = everything()["Service", "llmops-metrics"], everything()["ServiceMonitor", "llmops-metrics"]
+    deployed = everything()["Deployment", "llmops-metrics"]["spec"]
+    chosen = service["spec"]["selector"]
+    assert chosen == deployed["selector"]["matchLabels"] == deployed["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
 
 
 def test_pods_pass_the_namespaces_pod_security_standard():
@@ -162,7 +192,9 @@ def test_the_compose_file_mounts_what_exists_and_holds_no_password():
     for service in compose["services"].values():
         default = re.fullmatch(r"\$\{\w+:-([a-z0-9/-]+:[\w.-]+)\}", service["image"])
         assert default, f"{service['image']} names a registry, or cannot be chosen"
-        for port in service["ports"]:
+        ports, shown = service.get("ports", []), str([service.get("command"), service.get("environment")])
+        assert ports or (service["network_mode"] == "host" and "127.0.0.1" in shown)
+        for port in ports:
             assert port.startswith("127.0.0.1:"), "beside a laptop, not for its network"
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
@@ -170,7 +202,6 @@ def test_the_compose_file_mounts_what_exists_and_holds_no_password():
             assert source in compose["volumes"] if named else (TREE / "docker" / source).exists()
     text = (TREE / "docker" / "compose.yml").read_text()
     assert not re.search(r"(PASSWORD|SECRET\w*): *[^$\s]", text)
-    yaml.safe_load((TREE / "docker" / "prometheus.yml").read_text())
     assert yaml.safe_load((TREE / "docker" / "grafana" / "prometheus.yaml").read_text())["apiVersion"] == 1
 
 

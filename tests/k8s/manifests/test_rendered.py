@@ -158,7 +158,11 @@ KEYS: list[tuple[dict[str, Any], tuple[str | int, ...], Any]] = [
     ({"scheduler": "mine", "gang": "volcano"}, ("schedulerName",), "mine"),
     ({"gang": "coscheduling"}, ("schedulerName",), "scheduler-plugins-scheduler"),
     ({"host_network": True}, ("dnsPolicy",), "ClusterFirstWithHostNet"),
-    ({"metrics_port": 9400}, ("containers", 0, "ports"), [{"name": "metrics", "containerPort": 9400}]),
+    (
+        {"metrics": {"enabled": True, "port": 9500}},
+        ("containers", 0, "ports"),
+        [{"name": "metrics", "containerPort": 9500}, {"name": "metrics-train", "containerPort": 9501}],
+    ),
     ({"grace_s": 300}, ("terminationGracePeriodSeconds",), 300),
     ({"shm": "64Gi"}, ("volumes", 1, "emptyDir"), {"medium": "Memory", "sizeLimit": "64Gi"}),
     ({"mounts": [{"path": "/d", "memory": "1Gi"}]}, ("volumes", 3, "emptyDir", "sizeLimit"), "1Gi"),

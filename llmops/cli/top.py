@@ -1,0 +1,58 @@
+"""``llmops top``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+
+from llmops.errors import UserError
+
+MAX_INTERVAL_S = 86400
+LEAVE_S = 1.0  # for what is still being read when the view ends
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """How often."""
+    parser.add_argument(
+        "--interval", type=float, default=5.0, metavar="S", help="seconds between two looks (%(default)s, at least 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the screen until the user has seen enough. The runs go on."""
+    if not 1 <= arguments.interval < MAX_INTERVAL_S:
+        raise UserError(f"--interval {arguments.interval:g}: give seconds, from 1 to less than {MAX_INTERVAL_S}")
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise UserError("llmops top needs a terminal; llmops status prints the same")
+    try:
+        from llmops.top.app import TopApp
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "textual":
+            raise
+        raise UserError("llmops top needs Textual: pip install 'llmops[ui]'") from error
+    from rich.console import Console
+
+    from llmops.runs.store import default_runs_url
+    from llmops.top.source import Source
+
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    if ascii_only and sys.__stderr__ is not None:
+        sys.__stderr__.reconfigure(errors="replace")  # where Textual draws
+    colours = {"truecolor": 1 << 24, "256": 256}.get(Console().color_system or "", 16)
+    TopApp(Source(arguments.runs_url or default_runs_url()), arguments.interval, ascii_only, colours).run()
+    _leave()
+    return 0
+
+
+def _leave() -> None:
+    """Threads that read a store which hangs would keep the process for as long as it does: they are left alone."""
+    deadline = time.monotonic() + LEAVE_S
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                sys.stdout.flush()
+                os._exit(0)
