@@ -53,7 +53,7 @@ class Bases:
 
 
 # Sections that say where and how a run is carried out, not what it computes.
-ANYWHERE = ("cluster", "runs_url", "retry", "stop", "sweep", "name", "code", "secrets")
+ANYWHERE = ("cluster", "runs_url", "retry", "stop", "metrics", "notify", "sweep", "name", "code", "secrets")
 
 
 def text(composed: Composed) -> str:

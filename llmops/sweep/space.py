@@ -15,7 +15,7 @@ from llmops.sweep.model import Axis
 
 MAX_VALUES = 1_000_000  # of one axis
 # All trials of a study run on one cluster, in one way; an override of these keys is never an axis, whatever its commas.
-ALIKE = ("cluster", "code", "name", "retry", "runs_url", "secrets", "stop", "sweep", "command")
+ALIKE = ("cluster", "code", "metrics", "name", "notify", "retry", "runs_url", "secrets", "stop", "sweep", "command")
 
 
 class Space(NamedTuple):

@@ -68,8 +68,10 @@ class Source:
         return f"resumed ({resumed.backend} job {resumed.job_id})"
 
     def errors(self, ref: str) -> list[str]:
-        """What is known of why a run failed, newest first: of its attempts, and the last lines of the rank that did."""
-        from llmops.monitor import logs
+        """What is known of why a run failed: of its attempts, newest first, and of the ranks of the last that did."""
+        from llmops.monitor.error_report import report
+        from llmops.monitor.log_errors import errors, failed_attempts
+        from llmops.monitor.log_streams import Selection
 
         found = api.find(ref, self.runs_url)
         (described,) = api.describe([api.status(found)])
@@ -78,13 +80,11 @@ class Source:
             words = "; ".join(clean(attempt[key]) for key in ("why", "detail") if attempt[key])
             if attempt["ended"] is not None:
                 said.append(f"attempt {attempt['number']}: {words or clean(attempt['state'])}")
-        if described["error"]:
+        if failed := failed_attempts(found):
+            told = report(errors(found, failed[-1].number, Selection()))
+            said += ["", *(clean_lines(line)[0] for line in told)]
+        elif described["error"]:
             said += ["", "last error", *("  " + line for line in clean_lines(described["error"]))]
-        failed = [each for each in found.attempts if each.end and each.end.failed_rank is not None]
-        if failed and (end := failed[-1].end) is not None:
-            number, rank = failed[-1].number, end.failed_rank
-            said += ["", f"last lines of rank {rank} in attempt {number}"]
-            said += ["  " + clean(line.text) for line in logs.tail(found, rank=rank, attempt=number, n=ERROR_LINES)]
         return said or ["no error is known"]
 
     def lines(self, run_id: str, done: Callable[[], bool], wait: Callable[[float], object]) -> Iterator[str]:

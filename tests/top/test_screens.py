@@ -165,7 +165,7 @@ def test_errors_of_a_run(store):
     async def steps(app, pilot):
         await until(app, pilot, lambda text: "steady" in text, "the runs")
         await pilot.press("j", "e")
-        text = await until(app, pilot, lambda text: "last lines of rank 3" in text, "the errors")
+        text = await until(app, pilot, lambda text: "attempt 0, rank 3 on n2" in text, "the errors")
         assert "Traceback (most recent call last)" in text
         assert "ValueError: bad [/token]" in text
 

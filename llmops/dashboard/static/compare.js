@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { badge, note, pageOf } from "./cells.js";
 import { LINES, lineChart, pointsOf } from "./chart.js";
 import { fillTable, h, setText } from "./dom.js";
-import { compact, count, number, percent } from "./format.js";
+import { compact, count, figure, number, percent } from "./format.js";
 import { store, subscribe } from "./store.js";
 
 const PAUSE_MS = 4000; // between two readings of the curves, at least
@@ -67,7 +67,7 @@ export function showCompare(main, { query }) {
           href: `#/compare?ids=${rest.map(encodeURIComponent).join(",")}`, text: "Remove", "aria-label": `Remove ${row.name}`,
         }) : "";
         return [
-          h("a", { href: pageOf(row), text: row.name }), row.state ? badge(row.state) : "–", count(row.step), number(row.loss),
+          h("a", { href: pageOf(row), text: row.name }), row.state ? badge(row.state) : "–", count(row.step), figure(row.loss),
           compact(row.tokens_per_s), percent(row.mfu, 1), percent(row.goodput), remove,
         ];
       }),

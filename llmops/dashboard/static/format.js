@@ -10,6 +10,12 @@ export function number(value, digits = 4) {
   return trimmed(value, digits);
 }
 
+/** Four digits, zeros included, so that numbers below one another can be compared. */
+export function figure(value) {
+  const fits = typeof value === "number" && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4;
+  return fits ? value.toPrecision(4) : number(value);
+}
+
 export const count = (value) => (typeof value === "number" ? value.toLocaleString("en-US") : "–");
 
 /** 1234567 as 1.23M. */

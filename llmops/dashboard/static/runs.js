@@ -2,7 +2,7 @@
 
 import { OVER, badge, bar, pageOf, spark } from "./cells.js";
 import { announce, h, setText } from "./dom.js";
-import { compact, count, duration, known, number, percent } from "./format.js";
+import { compact, count, duration, figure, known, percent } from "./format.js";
 import { store, subscribe } from "./store.js";
 
 const ORDER = ["running", "preempted", "pending", "unknown", "failed", "cancelled", "finished"];
@@ -45,7 +45,7 @@ const COLUMNS = [
   },
   {
     key: "loss", title: "Loss", numeric: true, value: (row) => row.loss, shown: (row) => [row.loss, row.trials ? [] : row.recent_losses],
-    draw: (row) => h("span", { class: "with-spark" }, row.trials ? null : spark(row.recent_losses), h("span", { class: "figure", text: number(row.loss) })),
+    draw: (row) => h("span", { class: "with-spark" }, row.trials ? null : spark(row.recent_losses), h("span", { class: "figure", text: figure(row.loss) })),
   },
   { key: "tokens", title: "Tokens/s", numeric: true, value: (row) => row.tokens_per_s, text: (row) => compact(row.tokens_per_s) },
   { key: "mfu", title: "MFU", numeric: true, value: (row) => row.mfu, text: (row) => percent(row.mfu, 1) },

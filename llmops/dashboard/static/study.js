@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { badge, facts, panel } from "./cells.js";
 import { h, setText } from "./dom.js";
-import { duration, known, literal, number, percent } from "./format.js";
+import { duration, figure, known, literal, number, percent } from "./format.js";
 import { parallel } from "./parallel.js";
 import { store, subscribe } from "./store.js";
 
@@ -99,7 +99,7 @@ export function showStudy(main, { id }) {
       const tr = h("tr", { class: data.best?.trial === row.trial ? "best" : null }, columns.map(([title, value], index) => {
         if (index === 0) return h("th", { scope: "row" }, h("a", { href: `#/run/${encodeURIComponent(row.id)}`, text: String(row.trial) }));
         if (index === 1) return h("td", {}, badge(row.state));
-        return h("td", { class: numeric[index] ? "number" : null, text: title === "Ran for" ? duration(value(row)) : literal(value(row)) });
+        return h("td", { class: numeric[index] ? "number" : null, text: title === "Ran for" ? duration(value(row)) : index === 2 ? figure(value(row)) : literal(value(row)) });
       }));
       tr.addEventListener("pointerenter", () => plot.light(row.trial));
       tr.addEventListener("pointerleave", () => plot.light(null));
