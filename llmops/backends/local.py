@@ -130,8 +130,10 @@ def _log_file(spec: JobSpec) -> Path:
 
 
 def _parse(job_id: str) -> tuple[str, int | None]:
-    """Host and pid of a job id; the pid is None when that process is gone."""
-    host, pid, ticks = job_id.rsplit(":", 2)
+    """Host and pid of a job id; the pid is None when that process is gone. A foreign id is no process of this host."""
+    host, pid, ticks = job_id.rsplit(":", 2) if job_id.count(":") >= 2 else (socket.gethostname(), "", "")
+    if not pid.isdigit():
+        return host, None
     if host != socket.gethostname():
         return host, None
     try:

@@ -74,6 +74,8 @@ class Feed(Generic[T]):
                 trouble = ""
             except (ClusterError, UserError, OSError) as error:
                 value, trouble = self._seen.value, " ".join(str(error).split())
+            except Exception as error:  # noqa: BLE001 - a mistake of ours is shown, and the looking goes on
+                value, trouble = self._seen.value, f"{type(error).__name__}: {' '.join(str(error).split())}"
             with self._changed:
                 taken = self._seen.taken if trouble else time.time()
                 self._seen = Seen(value, taken, trouble, self._seen.number + 1)

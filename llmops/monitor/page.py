@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,39 +18,43 @@ from llmops.monitor.text import clean, clean_lines, count, duration, moment, num
 
 CHECKPOINTS = 3  # that the page names
 CURVE_HEIGHT = 14
+TOLD = 10  # points of a curve that cannot be drawn
 
 
 def show(detail: dict[str, Any], console: Console, now: float) -> None:
     """Print the page of what :func:`llmops.monitor.detail.detail` says."""
-    printing.show(console, lambda out: _print(detail, out, now, curve_width(out)))
+    printing.show(
+        console, lambda out: out.print(build(detail, out.width, curve_width(out), now, out.options.ascii_only))
+    )
 
 
-def _print(run: dict[str, Any], console: Console, now: float, width: int) -> None:
-    ascii_only = console.options.ascii_only
-    console.print(_facts(run, now))
+def build(run: dict[str, Any], width: int, line: int, now: float, ascii_only: bool) -> Group:
+    """The page for ``width`` columns, of which its timeline and curve take ``line``."""
+    parts: list[RenderableType] = [_facts(run, now)]
     if run["timeline"]:
-        console.print()
-        console.print(spans.bar(run["timeline"], width, ascii_only))
-        console.print(spans.axis(run["timeline"], width))
-        console.print(spans.legend(run["timeline"], ascii_only))
+        parts += [Text(), *spans.lines(run["timeline"], line, ascii_only)]
     if run["attempts"]:
-        console.print()
-        console.print(_attempts(run, now, narrow=console.width < 110))
-    for part in (_checkpoints(run, now), _changes(run)):
+        parts += [Text(), _attempts(run, now, narrow=width < 110)]
+    for part in (_checkpoints(run, now), _changes(run), _curve(run, line, ascii_only)):
         if part is not None:
-            console.print()
-            console.print(part)
+            parts += [Text(), part]
+    if run["error"]:
+        parts += [Text(), Text("last error", style="bold red")]
+        parts += [Text("  " + text) for text in clean_lines(run["error"])]
+    return Group(*parts)
+
+
+def _curve(run: dict[str, Any], width: int, ascii_only: bool) -> Text | None:
     series = run["series"]
     points = [(step, loss) for step, loss in zip(series["step"], series["loss"], strict=True) if loss is not None]
-    curve = "" if ascii_only else loss_curve(points, width, CURVE_HEIGHT)
-    if curve:
-        console.print()
-        console.print(Text(curve, style="cyan", no_wrap=True, overflow="crop"))
-    if run["error"]:
-        console.print()
-        console.print(Text("last error", style="bold red"))
-        for line in clean_lines(run["error"]):
-            console.print(Text("  " + line))
+    if not ascii_only:
+        curve = loss_curve(points, width, CURVE_HEIGHT)
+        return Text(curve, style="cyan", no_wrap=True, overflow="crop") if curve else None
+    if len(points) < 2:
+        return None
+    # A curve takes more than ASCII; without it, its course is told in numbers.
+    shown = dict(points[index * (len(points) - 1) // (TOLD - 1)] for index in range(TOLD))
+    return Text("\n".join(["loss by step", *(f"{step:>12,}  {number(loss)}" for step, loss in shown.items())]))
 
 
 def _checkpoints(run: dict[str, Any], now: float) -> Text | None:

@@ -35,6 +35,16 @@ SIGNS = {
 }
 
 
+def lines(timeline: Sequence[Mapping[str, Any]], width: int, ascii_only: bool = False) -> list[Text]:
+    """The timeline in ``width`` cells, where attempts begin, when it begins and ends, and what its signs mean."""
+    return [
+        bar(timeline, width, ascii_only),
+        starts(timeline, width),
+        axis(timeline, width),
+        legend(timeline, ascii_only),
+    ]
+
+
 def bar(timeline: Sequence[Mapping[str, Any]], width: int, ascii_only: bool = False) -> Text:
     """The timeline in ``width`` cells, each of which shows what most of its time went to."""
     start, end = timeline[0]["start"], timeline[-1]["end"]
@@ -56,6 +66,21 @@ def bar(timeline: Sequence[Mapping[str, Any]], width: int, ascii_only: bool = Fa
         sign, plain, style = SIGNS[max(spent, key=lambda group: spent[group])]
         text.append(plain if ascii_only else sign, style=style)
     return text
+
+
+def starts(timeline: Sequence[Mapping[str, Any]], width: int) -> Text:
+    """The numbers of attempts where they begin; one that has no room beside the one before is left out."""
+    first, last = timeline[0]["start"], timeline[-1]["end"]
+    text, seen = "", set[int]()
+    for span in timeline:
+        number = span["attempt"]
+        if number is None or number in seen or last <= first:
+            continue
+        seen.add(number)
+        at = min(int((span["start"] - first) / (last - first) * width), width - 1)
+        if at > len(text) or not text:
+            text = text.ljust(at) + str(number)
+    return Text(text[:width], style="bright_black", no_wrap=True)
 
 
 def legend(timeline: Sequence[Mapping[str, Any]], ascii_only: bool = False) -> Text:

@@ -14,10 +14,11 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
+from llmops.monitor import page
 from llmops.monitor.feed import Feed
+from llmops.monitor.plot import CURVE_WIDTH
 from llmops.monitor.text import clean
 from llmops.top.cells import TRIALS, Described, Look, fit, point
-from llmops.top.facts import page
 from llmops.top.table import KeyedTable
 from llmops.top.widgets import Keys, freshness
 
@@ -143,8 +144,9 @@ class RunScreen(FedScreen):
     def draw(self, value: Described) -> None:
         """The page."""
         self.run = {**self.run, **value}
-        width = self.size.width - 4
-        self.query_one("#page", Static).update(page(value, width, Look(time.time(), self.app.ascii_only)))
+        width = max(self.size.width - 4, 20)
+        drawn = page.build(value, width, min(width, CURVE_WIDTH), time.time(), self.app.ascii_only)
+        self.query_one("#page", Static).update(drawn)
 
 
 class StudyScreen(FedScreen):

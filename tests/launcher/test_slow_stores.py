@@ -23,7 +23,14 @@ def test_a_file_system_that_hangs_is_told_of(make_run: RunMaker, verb: str) -> N
     path.unlink()
     os.mkfifo(path)  # opened, it waits for a writer for ever, as a file on a server that is gone does
     launcher = Launcher(make_run.runs_url, "slurm")
-    process = subprocess.Popen([*LLMOPS, verb], env=launcher.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*LLMOPS, verb],
+        env=launcher.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
     told, deadline = b"", time.monotonic() + 30

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -290,7 +291,15 @@ def test_a_watching_pipe_gets_a_line_a_change() -> None:
     assert trouble == "not up to date: x"
 
 
-@pytest.mark.usefixtures("no_wait")
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_wait", "ctrl_c")
 @pytest.mark.parametrize("width", [80, None])
 def test_ctrl_c_ends_the_view(width: int | None) -> None:
     printed(lambda console: watch(states("running", "running", "ctrl-c"), 0.01, console), width)

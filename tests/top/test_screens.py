@@ -61,7 +61,7 @@ def test_what_others_wrote_is_text(store):
         text = await until(app, pilot, lambda text: "hostile" in text, "the runs")
         assert "[bold" in text
         await pilot.press("enter")
-        text = await until(app, pilot, lambda text: "attempts" in text, "the page")
+        text = await until(app, pilot, lambda text: "ATTEMPT" in text, "the page")
         assert "[bold red]x[/] red [@click=app.quit]y" in text
 
     drive(source(store), steps, size=(200, 50))
@@ -135,7 +135,7 @@ def test_the_page_of_a_run(store):
         await until(app, pilot, lambda text: "steady" in text, "the runs")
         await pilot.press("G", "enter")
         text = await until(app, pilot, lambda text: "loss by step" in text, "the page")
-        for word in ("step 100 of 100", "attempts", "n1, n2", "finished", "goodput"):
+        for word in ("step 100 of 100", "ATTEMPT", "n1, n2", "finished", "goodput"):
             assert word in text, word
         assert any("⠀" <= character <= "⣿" for character in text), "a curve of dots"
         await pilot.press("escape")
