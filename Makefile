@@ -29,12 +29,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m llmops.demo
 
-# Three at the same time: one waits for SLURM, and others wait for processes of their own. With PYTEST_ARGS, what these say.
+# Three streams at the same time: one waits for SLURM most of its time. With PYTEST_ARGS, what these say.
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	@echo 'tests that wait for SLURM and other processes: written to $(SLURM_LOG), and shown at the end'
-	@$(BIN)/pytest -m '(slurm or signals or processes) and not soak' >$(SLURM_LOG) 2>&1 & slurm=$$!; \
-	  $(BIN)/pytest -n 2 --dist loadfile -m 'not (slurm or signals or processes or soak or k8s_cluster)'; others=$$?; \
+	@echo 'tests that wait for SLURM: written to $(SLURM_LOG), and shown at the end'
+	@$(BIN)/pytest -m '(slurm or signals) and not soak' >$(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(BIN)/pytest -n 2 --dist worksteal -m 'not (slurm or signals or soak or k8s_cluster)'; others=$$?; \
 	  wait $$slurm; code=$$?; cat $(SLURM_LOG); exit $$((others | code))
 else
 	$(BIN)/pytest $(PYTEST_ARGS)

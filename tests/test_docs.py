@@ -12,8 +12,6 @@ import pytest
 
 from tests.slurm import cluster
 
-pytestmark = pytest.mark.processes
-
 TREE = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = {path.name: BLOCK.findall(path.read_text()) for path in sorted((TREE / "docs").glob("*.md"))}

@@ -25,8 +25,6 @@ from tests.agent.receivers import Hook, MailServer, certificate, wait_for
 from tests.conftest import MadeRun
 from tests.launcher.harness import Launcher
 
-pytestmark = pytest.mark.processes
-
 SECRET = "T0KEN-SECRET"
 
 

@@ -13,8 +13,6 @@ from selenium.webdriver.common.by import By
 from tests.dashboard.conftest import Served, resize, until
 from tests.dashboard.team import interrupted, lines, live, over, steps, sweep
 
-pytestmark = pytest.mark.processes
-
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u202e{{7*7}}"
 
 

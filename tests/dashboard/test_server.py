@@ -20,8 +20,6 @@ from tests.dashboard.conftest import WAIT_S, Served, until
 from tests.dashboard.team import interrupted, live, over, sweep
 from tests.launcher.harness import LLMOPS, TREE, Launcher
 
-pytestmark = pytest.mark.processes
-
 
 class Stream:
     """The server-sent events of a dashboard."""

@@ -12,8 +12,6 @@ import pytest
 from tests.conftest import RunMaker
 from tests.launcher.harness import LLMOPS, Launcher
 
-pytestmark = pytest.mark.processes
-
 
 @pytest.mark.parametrize("verb", ["status", "goodput"])
 def test_a_file_system_that_hangs_is_told_of(make_run: RunMaker, verb: str) -> None:

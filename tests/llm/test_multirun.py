@@ -15,8 +15,6 @@ import yaml
 
 from tests.llm.harness import REPOSITORY, tiny
 
-pytestmark = pytest.mark.processes
-
 SMALL = ["recipe=tiny", "train.seq_len=64", "train.global_batch_size=8", "train.micro_batch_size=4"]
 SMALL += ["train.warmup_steps=2", "train.max_steps=4", "eval.batches=1", "eval.sample_prompts=[]"]
 ENV = {"PYTHONPATH": str(REPOSITORY), "HYDRA_FULL_ERROR": "0"}

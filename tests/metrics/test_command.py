@@ -17,8 +17,6 @@ from tests.conftest import RunMaker
 from tests.launcher.harness import Launcher
 from tests.metrics.parts import get, llmops_metrics, promtool, until
 
-pytestmark = pytest.mark.processes
-
 NOW = 1_770_010_000.0
 
 

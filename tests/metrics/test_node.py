@@ -21,8 +21,6 @@ from llmops.runs.store import open_store
 from tests.launcher.harness import TINY, Launcher
 from tests.metrics.parts import get, promtool, until
 
-pytestmark = pytest.mark.processes
-
 SLEEP = ("cluster.ranks_per_node=1", "code.enabled=false")
 
 

@@ -11,8 +11,6 @@ import pytest
 from tests.launcher.harness import Launcher
 from tests.metrics.parts import TREE, get, llmops_metrics, prometheus, promtool, until
 
-pytestmark = pytest.mark.processes
-
 DASHBOARD = json.loads((TREE / "docker" / "grafana" / "dashboards" / "runs.json").read_text())
 # One GPU, as nvidia-smi tells of it: the machine may have none.
 NVIDIA_SMI = "#!/bin/sh\necho '0, 1024, 81559, 87'\necho '1, [N/A], [N/A], [N/A]'\n"

@@ -20,8 +20,6 @@ from llm.utils.metrics_server import Server, join_bind, parse_bind
 from tests.launcher.harness import TINY, Launcher
 from tests.metrics.parts import get, promtool, pushgateway, until
 
-pytestmark = pytest.mark.processes
-
 CPU = torch.device("cpu")
 
 

@@ -20,8 +20,6 @@ from llmops.monitor.log_streams import Selection
 from llmops.runs.store import Store, open_store
 from tests.launcher.harness import LLMOPS, TREE, Launcher
 
-pytestmark = pytest.mark.processes
-
 T0 = 1_770_000_000.0
 RANKS = 1000
 LINES, PER_RANK = 500, 200_000  # lines and bytes

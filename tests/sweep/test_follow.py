@@ -23,8 +23,6 @@ from llmops.sweep.records import Study, load_results, write_result
 from tests.conftest import MadeRun
 from tests.sweep.follow_study import make_study
 
-pytestmark = pytest.mark.processes
-
 GRID = (Axis(key="k", kind="choice", values=list(range(10))),)
 
 

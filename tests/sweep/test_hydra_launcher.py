@@ -14,8 +14,6 @@ import pytest
 from tests.launcher.harness import TREE, Launcher
 from tests.sweep.driver import Sweeper
 
-pytestmark = pytest.mark.processes
-
 APP = """
 import os
 import hydra

@@ -17,8 +17,6 @@ from llmops.runs.store import PosixStore, open_store
 from llmops.sweep import journal
 from llmops.sweep.journal import CHUNK, StoreJournal
 
-pytestmark = pytest.mark.processes
-
 
 def start(url: str, name: str, first: int, count: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.sweep.journal_writer", url, name, str(first), str(count)]

@@ -12,8 +12,6 @@ import pytest
 
 from tests.sweep.driver import CURVE, Sweeper
 
-pytestmark = pytest.mark.processes
-
 LRS = "env.LR=0.001,0.01,0.1"
 
 

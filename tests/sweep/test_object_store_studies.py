@@ -9,8 +9,6 @@ import pytest
 from llmops.runs.store import open_store
 from tests.sweep.driver import CURVE, Sweeper
 
-pytestmark = pytest.mark.processes
-
 CURVE_OF_LR = """
 for i in 1 2 3; do
   echo "step=$i loss=$(awk -v lr=$LR "BEGIN { print (log(lr) + 4.6) ^ 2 + 1 / $i }")"

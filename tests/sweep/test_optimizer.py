@@ -24,8 +24,6 @@ from llmops.sweep.optimizer import Optimizer, database_url, needed
 from llmops.sweep.records import Study
 from tests.sweep.follow_study import in_processes, make_study, result
 
-pytestmark = pytest.mark.processes
-
 MIXED = (
     Axis(key="train.lr", kind="interval", low=1e-5, high=1e-1, log=True),
     Axis(key="model.layers", kind="interval", low=1, high=64, log=True, integer=True),

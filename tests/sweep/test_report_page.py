@@ -15,8 +15,6 @@ from llmops.sweep.model import Axis, StudyRecord, TrialRow
 from tests.sweep.browser import chromium
 from tests.sweep.studies import row, rows, study
 
-pytestmark = pytest.mark.processes
-
 HOSTILE = "</script><script>document.title='owned'</script><!--<img src=x onerror=\"document.title='owned'\">{{ 7*7 }}"
 Open = Callable[[StudyRecord, Sequence[TrialRow]], Chrome]
 

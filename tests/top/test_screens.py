@@ -14,8 +14,6 @@ from llmops.top.source import Source
 from llmops.top.widgets import Confirm
 from tests.top.screen import drive, until
 
-pytestmark = pytest.mark.processes
-
 HOSTILE = "[bold red]x[/] \x1b[31mred\x1b[0m [@click=app.quit]y"
 
 

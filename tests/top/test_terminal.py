@@ -14,8 +14,6 @@ import pytest
 from tests.launcher.harness import TINY, TREE, Launcher
 from tests.top.screen import Terminal
 
-pytestmark = pytest.mark.processes
-
 
 @pytest.fixture
 def launcher(tmp_path) -> Iterator[Launcher]:
