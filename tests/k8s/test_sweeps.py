@@ -58,7 +58,9 @@ def k8s(server: ApiServer, tmp_path: Path) -> Iterator[Studies]:
 def test_a_grid_with_a_deleted_pod_and_a_trial_that_fails_for_good(k8s: Studies) -> None:
     lrs = "env.LR=0.001,0.003,0.01,0.03,none,0.1"
     quick = ("retry.max_failures=1", "cluster.workload=auto")
-    study, job = k8s.start(lrs, *quick, "--max-parallel", "2", "--name", "curves", env={"STEPS": "40", "STEP_S": "0.1"})
+    gate = k8s.folder / "gate"
+    env = {"STEPS": "40", "STEP_S": "0.1", "GATE": str(gate)}
+    study, job = k8s.start(lrs, *quick, "--max-parallel", "2", "--name", "curves", env=env)
     assert k8s.states(study) == ["pending"] * 6
     first = k8s.run_folder(study, 0)
     job.until(lambda: (first / "state.json").exists(), "trial 0 to save")
@@ -73,6 +75,8 @@ def test_a_grid_with_a_deleted_pod_and_a_trial_that_fails_for_good(k8s: Studies)
         k8s.server.log(job.pod_name(index), b"2026-01-01T00:00:00Z " + text + b"\n")
     assert k8s.ok("logs", "--pods", "curves/1") == f"[{job.pod_name(1)}] of trial 1\n"
     job.remove(0)
+    job.until(lambda: bool(job.codes), "the pod to stop")
+    gate.touch()
     job.until_over()
     assert job.most == 2
     assert (job.completed, job.failed) == ({0, 1, 2, 3, 5}, {4})
@@ -99,12 +103,16 @@ def test_a_pod_that_dies_with_its_supervisor_is_made_again(k8s: Studies) -> None
 
 
 def test_cancelling_one_trial_leaves_the_job_and_the_others(k8s: Studies) -> None:
-    study, job = k8s.start("env.LR=0.01,0.02,0.03,0.04", "--max-parallel", "1", env={"STEPS": "30", "STEP_S": "0.1"})
+    gate = k8s.folder / "gate"
+    env = {"STEPS": "30", "GATE": str(gate)}
+    study, job = k8s.start("env.LR=0.01,0.02,0.03,0.04", "--max-parallel", "1", env=env)
     first = k8s.run_folder(study, 0)
     job.until(lambda: (first / "state.json").exists(), "trial 0 to save")
     k8s.ok("cancel", f"{study}/2")
     k8s.ok("cancel", "--no-wait", f"{study}/0")
     assert not [request for request in k8s.server.requests if request.method == "DELETE"]
+    job.until(lambda: bool(job.codes), "trial 0 to stop")
+    gate.touch()
     job.until_over()
     assert k8s.states(study) == ["cancelled", "complete", "cancelled", "complete"]
     assert (job.failed, job.codes[0]) == ({0}, (0, 77))

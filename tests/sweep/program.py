@@ -1,6 +1,7 @@
 """What trials run in tests: a deterministic curve that depends on LR and SEED, saved and gone on from, step by step.
 
-Environment: LR, SEED, STEPS, STEP_S (seconds a step), SAVE_EVERY; MISFORTUNE=crash|nan at half of its steps.
+Environment: LR, SEED, STEPS, STEP_S (seconds a step), SAVE_EVERY; MISFORTUNE=crash|nan at half of its steps;
+GATE=file that must be there before it goes on after its first save.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 folder, control = Path(os.environ["LLMOPS_RUN_URL"]), Path(os.environ["LLMOPS_CONTROL_DIR"])
 lr, seed, steps = float(os.environ["LR"]), int(os.environ.get("SEED", "0")), int(os.environ.get("STEPS", "20"))
 pause, save_every = float(os.environ.get("STEP_S", "0.01")), int(os.environ.get("SAVE_EVERY", "5"))
+gate = os.environ.get("GATE")
 misfortune, state = os.environ.get("MISFORTUNE", ""), folder / "state.json"
 
 
@@ -39,6 +41,11 @@ while step < steps:
     (control / f"heartbeat.{os.environ['RANK']}").write_text(
         json.dumps({"step": step, "first_step": done["step"] + 1, "phase": "train", "time": time.time()})
     )
+    deadline = time.monotonic() + 120
+    while gate and step == save_every and not Path(gate).exists() and not (control / "stop").exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"waited 120 s for {gate}")
+        time.sleep(0.02)
     if (control / "stop").exists():
         save(step, loss)
         (control / f"stopped.{os.environ['RANK']}").write_text(json.dumps({"step": step}))
