@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import threading
-import time
 
 from llmops.errors import UserError
 
@@ -35,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("llmops top needs Textual: pip install 'llmops[ui]'") from error
     from rich.console import Console
 
+    from llmops.monitor.feed import leave
     from llmops.runs.store import default_runs_url
     from llmops.top.source import Source
 
@@ -43,16 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
         sys.__stderr__.reconfigure(errors="replace")  # where Textual draws
     colours = {"truecolor": 1 << 24, "256": 256}.get(Console().color_system or "", 16)
     TopApp(Source(arguments.runs_url or default_runs_url()), arguments.interval, ascii_only, colours).run()
-    _leave()
+    leave(LEAVE_S)
     return 0
-
-
-def _leave() -> None:
-    """Threads that read a store which hangs would keep the process for as long as it does: they are left alone."""
-    deadline = time.monotonic() + LEAVE_S
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():
-                sys.stdout.flush()
-                os._exit(0)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +15,7 @@ from llmops.dashboard.app import build
 from llmops.dashboard.hub import Hub
 from llmops.dashboard.source import Source
 from llmops.errors import UserError
+from llmops.monitor.feed import leave
 
 LEAVE_S = 2.0  # for answers under way, and for threads that read a store, when the server ends
 BACKLOG = 256
@@ -53,7 +50,7 @@ def serve(options: Options) -> None:
     secret = f"#token={options.token}" if options.token and options.shown else ""
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/{secret}", flush=True)
     asyncio.run(_serve(options, listening))
-    _leave()
+    leave(LEAVE_S)
 
 
 async def _serve(options: Options, listening: socket.socket) -> None:
@@ -92,14 +89,3 @@ def _listen(host: str, port: int) -> socket.socket:
         where = f"--host {host} --port {port}"
         raise UserError(f"{where}: {error.strerror or error}; give another port, or 0 for a free one") from error
     return listening
-
-
-def _leave() -> None:
-    """Threads that read a store which hangs would keep the process for as long as it does: they are left alone."""
-    deadline = time.monotonic() + LEAVE_S
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():
-                sys.stdout.flush()
-                os._exit(0)

@@ -135,5 +135,6 @@ def browser(_chromium: Chrome, serve: Serve) -> Iterator[Chrome]:
     _chromium.get_log("browser")
     yield _chromium
     _chromium.get("about:blank")
-    complaints = [each["message"] for each in _chromium.get_log("browser")]
+    # A busy machine may take longer than the server waits for an answer; the page asks again.
+    complaints = [each["message"] for each in _chromium.get_log("browser") if "504 (" not in each["message"]]
     assert complaints == []

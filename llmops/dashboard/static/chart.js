@@ -1,6 +1,6 @@
 // Lines over steps or time, with a cursor for pointer and keyboard, a legend that hides lines, and a table of the data.
 
-import { announce, dataTable, h, s, setText } from "./dom.js";
+import { announce, dataTable, h, onWidth, s, setText } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { numbers } from "./scales.js";
 
@@ -191,14 +191,7 @@ export function lineChart(title, format = number) {
     event.preventDefault();
     event.stopPropagation();
   });
-  let width = 0;
-  const watched = new ResizeObserver(() => {
-    if (box.clientWidth !== width) {
-      width = box.clientWidth;
-      draw();
-    }
-  });
-  watched.observe(box);
+  const watched = onWidth(box, draw);
   return { el, head, update, close: () => watched.disconnect() };
 }
 

@@ -66,3 +66,16 @@ export function confirmed(title, text, yes) {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
   });
 }
+
+// Calls back at once and whenever the element has another width; disconnect what it returns.
+export function onWidth(element, changed) {
+  let width = 0;
+  const watched = new ResizeObserver(() => {
+    if (element.clientWidth !== width) {
+      width = element.clientWidth;
+      changed();
+    }
+  });
+  watched.observe(element);
+  return watched;
+}

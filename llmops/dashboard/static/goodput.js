@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { facts, panel } from "./cells.js";
-import { announce, dataTable, h, s, setText } from "./dom.js";
+import { announce, dataTable, h, onWidth, s, setText } from "./dom.js";
 import { compact, count, number, percent } from "./format.js";
 import { numbers } from "./scales.js";
 import { KINDS, hatches, shareBar } from "./timeline.js";
@@ -117,14 +117,7 @@ export function showGoodput(main) {
     event.preventDefault();
     event.stopPropagation();
   });
-  let width = 0;
-  const watched = new ResizeObserver(() => {
-    if (box.clientWidth !== width) {
-      width = box.clientWidth;
-      draw();
-    }
-  });
-  watched.observe(box);
+  const watched = onWidth(box, draw);
   read();
   return {
     title: "Goodput",

@@ -1,6 +1,6 @@
 // Parallel coordinates: each trial a line over its parameters and its objective; a drag along an axis filters.
 
-import { announce, h, s } from "./dom.js";
+import { announce, h, onWidth, s } from "./dom.js";
 import { known, literal } from "./format.js";
 import { choices, numbers } from "./scales.js";
 
@@ -150,14 +150,7 @@ export function parallel(study, { changed, lit }) {
     event.preventDefault();
     event.stopPropagation();
   });
-  let width = 0;
-  const watched = new ResizeObserver(() => {
-    if (el.clientWidth !== width) {
-      width = el.clientWidth;
-      draw();
-    }
-  });
-  watched.observe(el);
+  const watched = onWidth(el, draw);
   return {
     el, light,
     reset: () => {

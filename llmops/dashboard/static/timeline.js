@@ -1,6 +1,6 @@
 // How a run has spent its time: spans one after the other, and the shares of all of them.
 
-import { announce, dataTable, h, s, setText } from "./dom.js";
+import { announce, dataTable, h, onWidth, s, setText } from "./dom.js";
 import { duration, moment, percent } from "./format.js";
 import { times } from "./scales.js";
 
@@ -106,14 +106,7 @@ export function timeline() {
     event.preventDefault();
     event.stopPropagation();
   });
-  let width = 0;
-  const watched = new ResizeObserver(() => {
-    if (box.clientWidth !== width) {
-      width = box.clientWidth;
-      draw();
-    }
-  });
-  watched.observe(box);
+  const watched = onWidth(box, draw);
 
   return {
     el,
