@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from typing import Any
+
+from llmops.agent.signals import be_apart
 
 LEAVE_S = 1.0  # for the helper to end by itself
 STARTS = 2
@@ -118,8 +119,5 @@ def _say(text: str) -> None:
 
 
 def _apart() -> None:
-    # Some process trackers signal the whole tree, and it is wanted for as long as the ranks take to stop.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    os.setsid()
+    be_apart()
     os.nice(10)  # the ranks' time is worth more

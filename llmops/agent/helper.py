@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
 from typing import Any
 
 from llmops.agent.rundir import PATIENCE_S, StoreError
+from llmops.agent.signals import be_apart
 
 CALL_S = 40.0  # for one answer; the client libraries try again by themselves within it
 RESTARTS = 1
@@ -104,7 +104,7 @@ class Helper:
             cwd="/",  # a folder named llmops in the current one must not be taken for the package
             bufsize=0,
             # One thread, and nothing imported after the fork: safe.
-            preexec_fn=_ignore_signals,
+            preexec_fn=be_apart,
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -167,10 +167,3 @@ class Helper:
                 pipe.close()
         self.process.kill()
         self.process.wait(10)
-
-
-def _ignore_signals() -> None:
-    # Some process trackers signal the whole tree, and what is stored last is stored after such a signal.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    os.setsid()

@@ -34,6 +34,16 @@ class SignalPipe:
         return [signal.Signals(number) for number in data]
 
 
+def be_apart() -> None:
+    """Outlive signals to the process group, and those that some process trackers send to every process of a job.
+
+    For a helper that is needed until its parent has ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+
+
 def be_deaf() -> None:
     """Ignore stop signals, in a process that its parent tells when to end."""
     for number in STOP_SIGNALS:
