@@ -6,17 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.utils.config import ModelConfig
+from llm.utils.config import ModelConfig, head_size
 
 
-def rotary_table(positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, E/2) in float32.
+def rotary_table(
+    config: ModelConfig, length: int, device: torch.device, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, E/2) in float32, or (B, T, E/2) for ``positions`` (B, T).
 
     Recomputed in every forward instead of kept in a buffer: it costs next to nothing, and a buffer would need care
     wherever a model is built on the meta device, sharded or saved.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # (E/2)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies)  # (T, E/2)
+    size = head_size(config)
+    frequencies = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)  # (E/2)
+    if positions is None:
+        positions = torch.arange(length, device=device)
+    angles = positions.float().unsqueeze(-1) * frequencies  # (T, E/2)
     return angles.cos(), angles.sin()
 
 
@@ -65,18 +70,19 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.head_dim = config.dim // config.n_heads
+        self.head_dim = head_size(config)
         self.wq = Linear(config.dim, self.n_heads * self.head_dim)
         self.wk = Linear(config.dim, self.n_kv_heads * self.head_dim)
         self.wv = Linear(config.dim, self.n_kv_heads * self.head_dim)
         self.wo = Linear(self.n_heads * self.head_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Under tensor parallelism a rank has only some of the heads: -1.
+        q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
@@ -97,13 +103,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each after a norm and added to the stream. The unit that FSDP shards."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer  # its number, from 0
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)  # (B, T, D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, documents)  # (B, T, D)
         return x + self.ffn(self.ffn_norm(x))  # type: ignore[no-any-return]

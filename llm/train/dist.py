@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -131,7 +132,7 @@ def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
     return World(rank, size, local_rank, device, grouped=True)
 
 
-def shard(model: nn.Module, blocks: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
+def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
     """FSDP2: each block is a unit of its own, gathered for its own forward and backward; the root holds the rest.
 
     Weights and reductions stay float32; blocks compute in ``dtype``. The first shard costs most of a second: DTensor

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm.checkpoint.format import Commit
@@ -59,7 +58,7 @@ class Trainer:
         with torch.device("meta" if world.grouped else world.device):  # what will be sharded takes no memory before
             self.model = Transformer(config.model)
         if world.grouped:
-            shard(self.model, self.model.blocks, world, self.dtype)
+            shard(self.model, self.model.blocks.values(), world, self.dtype)
             self.model.to_empty(device=world.device)
             self.model.tie()
         self.optimizer = AdamW(self.model, train)
@@ -121,8 +120,8 @@ class Trainer:
             micro_sum = self.loss_sum(micro)
             # FSDP averages gradients over ranks, and the loss is the mean over the tokens of all of them. Gradients are
             # reduced after every micro-batch: holding them back would need a whole unsharded copy.
-            (micro_sum * (world.size / global_tokens)).backward()  # type: ignore[no-untyped-call]
-            loss_sum += micro_sum.detach()
+            (micro_sum[0] * (world.size / global_tokens)).backward()  # type: ignore[no-untyped-call]
+            loss_sum += micro_sum[1].detach()
 
         with torch.no_grad():
             gradients = self.optimizer.gradients()
@@ -160,17 +159,16 @@ class Trainer:
         return bool(stops)
 
     def loss_sum(self, rows: Tensor) -> Tensor:
-        """Cross-entropy of every next token, summed, of rows (R, T + 1) of token ids."""
+        """Losses of every next token of rows (R, T + 1) of token ids, summed, as the model's head gives them."""
         rows = rows.to(self.world.device, dtype=torch.int64)
-        logits = self.logits(rows[:, :-1])  # (R, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        return self.in_precision(rows[:, :-1], rows[:, 1:])
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def in_precision(self, *inputs: Tensor) -> Tensor:
         """The model in its training precision: FSDP casts by itself, a plain model needs autocast."""
         if self.world.grouped or self.dtype == torch.float32:
-            return self.model(tokens)  # type: ignore[no-any-return]
+            return self.model(*inputs)  # type: ignore[no-any-return]
         with torch.autocast(self.world.device.type, dtype=self.dtype):
-            return self.model(tokens)  # type: ignore[no-any-return]
+            return self.model(*inputs)  # type: ignore[no-any-return]
 
     def due(self, every: int) -> bool:
         """Is the held-out loss wanted after this step, and not there yet?"""
@@ -191,7 +189,7 @@ class Trainer:
         ):
             self.control.heartbeat("evaluate")
             with torch.no_grad():
-                loss = sum(float(self.loss_sum(micro)) for micro in torch.split(rows, config.train.micro_batch_size))
+                loss = sum(float(self.loss_sum(micro)[1]) for micro in torch.split(rows, config.train.micro_batch_size))
             mine = [loss, rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]
             total += world.sum(torch.tensor(mine, dtype=torch.float64, device=world.device))
             if total[2]:
@@ -362,7 +360,7 @@ class Trainer:
             return
         self.control.heartbeat("sample")
         texts = generate(
-            self.logits,
+            self.in_precision,
             load_tokenizer(self.config.data.tokenizer),
             config.sample_prompts,
             config.sample_tokens,

@@ -26,8 +26,30 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of every configuration struct."""
 
 
+class RopeScaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How rotary angles are stretched beyond the context that a model was trained with.
+
+    ``llama3`` slows the slow frequencies down (Llama 3.1); ``yarn`` blends by wavelength and sharpens attention
+    (Peng et al., "YaRN", 2023). ``attention_factor`` null = YaRN's own, 0.1 ln(factor) + 1.
+    """
+
+    kind: Literal["llama3", "yarn"]
+    factor: Annotated[float, Meta(ge=1)]
+    original_max_seq_len: PositiveInt
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+
+
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape of a Llama-style decoder."""
+    """Shape of a Llama-style decoder, wide enough for the weights of Llama 2/3, Qwen 2/3 and Mistral.
+
+    ``head_dim`` null = dim / n_heads. ``window`` is the number of tokens, itself included, that a position of a
+    sliding-window layer sees; every ``full_every``-th layer sees all (0 = no layer does). ``init`` says how weights
+    are drawn; ``mup_base_dim`` is the width at which muP's rules change nothing.
+    """
 
     name: str
     vocab_size: PositiveInt
@@ -37,38 +59,86 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     n_kv_heads: PositiveInt
     ffn_dim: PositiveInt
     max_seq_len: PositiveInt
+    head_dim: PositiveInt | None = None
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    window: PositiveInt | None = None
+    full_every: NonNegativeInt = 0
+    init: Literal["depth_scaled", "mup"] = "depth_scaled"
+    mup_base_dim: PositiveInt = 256
+
+
+def head_size(model: ModelConfig) -> int:
+    """Values of one attention head."""
+    return model.head_dim or model.dim // model.n_heads
 
 
 class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Length, batch and optimizer of a run. Batch sizes count sequences."""
+    """Length, batch and optimizer of a run. Batch sizes count sequences.
+
+    The run ends at ``max_steps``, or before where ``max_tokens`` or ``max_hours`` (of training, over all attempts) are
+    reached first. The learning rate follows ``schedule``; ``decay_steps`` is the length of wsd's fall. With
+    ``batch_warmup_steps`` the global batch grows evenly from ``first_batch_size`` in multiples of it.
+    """
 
     max_steps: PositiveInt
+    max_tokens: PositiveInt | None = None
+    max_hours: PositiveFloat | None = None
     seq_len: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt
+    first_batch_size: PositiveInt | None = None
+    batch_warmup_steps: NonNegativeInt = 0
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: Fraction = 0.1
     warmup_steps: NonNegativeInt = 0
+    decay_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
+    muon_momentum: Fraction = 0.95
     grad_clip: NonNegativeFloat = 1.0
+    ema_decay: Fraction = 0.0
+    z_loss: NonNegativeFloat = 0.0
+    loss_chunk: PositiveInt = 4096
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    skip_spikes: NonNegativeFloat = 0.0
+    max_skips: PositiveInt = 10
     seed: NonNegativeInt = 0
     deterministic: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
+    float8: bool = False
+    compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: PositiveInt = 1
     peak_tflops: PositiveFloat | None = None
     threads_per_rank: PositiveInt = 1
 
 
 class DistConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the model is spread over ranks. ``single`` is one rank; ``fsdp`` shards over all of them."""
+    """How the model is spread over ranks; the product of all degrees is the number of ranks.
 
-    mode: Literal["single", "fsdp"]
+    ``dp_replicate`` copies of ``dp_shard`` (auto = all ranks that are left) shards each: HSDP and FSDP. ``tp`` ranks
+    share every matrix, ``cp`` ranks every sequence, ``pp`` ranks the layers. See :mod:`llm.train.dist`.
+    """
+
+    dp_replicate: PositiveInt = 1
+    dp_shard: PositiveInt | Literal["auto"] = "auto"
+    cp: PositiveInt = 1
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    pp_schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    pp_stages_per_rank: PositiveInt = 1
+    reshard_after_forward: bool = True
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     timeout_s: PositiveInt = 300
 
@@ -109,6 +179,30 @@ class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     save_seconds: PositiveFloat = 20.0
 
 
+class LoggingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the metrics go beside the run directory, which always has them as JSON lines.
+
+    ``wandb`` offline writes a folder that ``wandb sync`` sends later. ``trace`` has every rank write what it did when.
+    """
+
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "llmops"
+    trace: bool = False
+
+
+class ProfileConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tools for finding out where time and memory go. ``steps`` are recorded by torch's profiler, on ``rank``.
+
+    ``memory`` dumps the allocator's history when a GPU is out of memory; ``nvtx`` marks the parts of a step for Nsight.
+    """
+
+    steps: list[PositiveInt] = []
+    rank: NonNegativeInt = 0
+    memory: bool = False
+    nvtx: bool = False
+
+
 class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """What ``python -m llm.train`` reads. Keys of the launcher in the same file are left to the launcher."""
 
@@ -118,6 +212,8 @@ class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 def load(source: str) -> TrainingConfig:
@@ -144,45 +240,145 @@ def load(source: str) -> TrainingConfig:
         raise ConfigError(f"{source}: {error}") from error
 
 
+def data_parallel(dist: DistConfig, world_size: int) -> int:
+    """How many rows of a batch are worked on at the same time: ranks / (cp x tp x pp).
+
+    Raises :class:`ConfigError` when the degrees do not make up ``world_size``.
+    """
+    others = dist.cp * dist.tp * dist.pp
+    wanted = f"{dist.dp_replicate} x {dist.dp_shard} x {dist.cp} x {dist.tp} x {dist.pp}"
+    shard = dist.dp_shard
+    if shard == "auto":
+        shard = world_size // (dist.dp_replicate * others)
+    if dist.dp_replicate * shard * others != world_size:
+        raise ConfigError(
+            f"dist.dp_replicate x dp_shard x cp x tp x pp = {wanted} does not make up {world_size} "
+            f"rank{'s' if world_size > 1 else ''}: change a degree or the number of ranks"
+        )
+    return dist.dp_replicate * shard
+
+
 def check(config: Any, world_size: int) -> None:
     """Refuse combinations that cannot train on ``world_size`` ranks.
 
     ``config`` has the fields of :class:`TrainingConfig`. Raises :class:`ConfigError`: the key, the value, the remedy.
     """
-    model, train, dist = config.model, config.train, config.dist
-    if model.dim % model.n_heads:
-        raise ConfigError(
-            f"model.n_heads={model.n_heads} does not divide model.dim={model.dim}: choose a head count that divides it"
-        )
-    if (model.dim // model.n_heads) % 2:
-        raise ConfigError(
-            f"model.dim/model.n_heads={model.dim // model.n_heads} is odd: rotary embeddings need an even head size"
-        )
-    if model.n_heads % model.n_kv_heads:
-        raise ConfigError(
-            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}: choose one that does"
-        )
+    _check_model(config.model)
+    _check_layout(config, world_size)
+    _check_batches(config.train, data_parallel(config.dist, world_size))
+    _check_rates(config.train)
+    model, train = config.model, config.train
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
             "lower the first or raise the second"
         )
-    if dist.mode == "single" and world_size != 1:
-        raise ConfigError(f"dist.mode=single runs on one rank, not {world_size}: use dist=fsdp or one rank")
-    rows = train.micro_batch_size * world_size
-    if train.global_batch_size % rows:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x ranks = "
-            f"{train.micro_batch_size} x {world_size} = {rows}: change one of them"
-        )
-    if train.warmup_steps > train.max_steps:
-        raise ConfigError(
-            f"train.warmup_steps={train.warmup_steps} is more than train.max_steps={train.max_steps}: lower it"
-        )
     if data_vocab(config.data.tokenizer) > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the {data_vocab(config.data.tokenizer)} tokens of "
             f"data.tokenizer={config.data.tokenizer}: raise it"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.head_dim is None and model.dim % model.n_heads:
+        raise ConfigError(
+            f"model.n_heads={model.n_heads} does not divide model.dim={model.dim}: choose a head count that divides it"
+        )
+    if head_size(model) % 2:
+        raise ConfigError(
+            f"model.dim/model.n_heads={head_size(model)} is odd: rotary embeddings need an even head size"
+            if model.head_dim is None
+            else f"model.head_dim={model.head_dim} is odd: rotary embeddings need an even head size"
+        )
+    if model.n_heads % model.n_kv_heads:
+        raise ConfigError(
+            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}: choose one that does"
+        )
+    if model.full_every and model.window is None:
+        raise ConfigError(f"model.full_every={model.full_every} needs model.window: set it, or full_every=0")
+    scaling = model.rope_scaling
+    if scaling is not None and model.max_seq_len > scaling.factor * scaling.original_max_seq_len:
+        raise ConfigError(
+            f"model.max_seq_len={model.max_seq_len} is longer than model.rope_scaling was built for "
+            f"({scaling.factor:g} x {scaling.original_max_seq_len}): lower it or raise rope_scaling.factor"
+        )
+
+
+def _check_layout(config: Any, world_size: int) -> None:
+    model, train, dist = config.model, config.train, config.dist
+    data_parallel(dist, world_size)
+    for key, value in (
+        ("model.n_heads", model.n_heads),
+        ("model.n_kv_heads", model.n_kv_heads),
+        ("model.ffn_dim", model.ffn_dim),
+        ("model.vocab_size", model.vocab_size),
+    ):
+        if value % dist.tp:
+            raise ConfigError(f"dist.tp={dist.tp} does not divide {key}={value}: choose a degree that does")
+    if train.seq_len % (2 * dist.cp if dist.cp > 1 else 1):
+        raise ConfigError(
+            f"train.seq_len={train.seq_len} is not a multiple of 2 x dist.cp={2 * dist.cp}, the parts of a sequence"
+        )
+    if train.seq_len // dist.cp % dist.tp:
+        raise ConfigError(
+            f"dist.tp={dist.tp} does not divide the {train.seq_len // dist.cp} positions of a rank "
+            f"(train.seq_len / dist.cp): choose a degree that does"
+        )
+    stages = dist.pp * dist.pp_stages_per_rank
+    if dist.pp == 1 and dist.pp_stages_per_rank > 1:
+        raise ConfigError(f"dist.pp_stages_per_rank={dist.pp_stages_per_rank} needs dist.pp of 2 or more")
+    if dist.pp_schedule == "interleaved" and dist.pp_stages_per_rank < 2:
+        raise ConfigError("dist.pp_schedule=interleaved needs dist.pp_stages_per_rank of 2 or more")
+    if dist.pp_schedule == "1f1b" and dist.pp_stages_per_rank > 1:
+        raise ConfigError(
+            f"dist.pp_stages_per_rank={dist.pp_stages_per_rank} needs dist.pp_schedule=interleaved: 1f1b has one stage"
+        )
+    if stages > model.n_layers:
+        raise ConfigError(
+            f"dist.pp x pp_stages_per_rank = {stages} stages are more than model.n_layers={model.n_layers}: lower one"
+        )
+    if dist.pp > 1:
+        passes = train.global_batch_size // (data_parallel(dist, world_size) * train.micro_batch_size)
+        if passes < dist.pp or (dist.pp_schedule == "interleaved" and passes % dist.pp):
+            raise ConfigError(
+                f"dist.pp={dist.pp} wants at least as many micro-batches in a step"
+                f"{', and a multiple of it' if dist.pp_schedule == 'interleaved' else ''}; there are {passes}: "
+                "lower train.micro_batch_size or raise train.global_batch_size"
+            )
+
+
+def _check_batches(train: TrainConfig, data_parallel: int) -> None:
+    rows = train.micro_batch_size * data_parallel
+    if train.global_batch_size % rows:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x "
+            f"data-parallel ranks = {train.micro_batch_size} x {data_parallel} = {rows}: change one of them"
+        )
+    first = train.first_batch_size
+    if (first is None) != (train.batch_warmup_steps == 0):
+        raise ConfigError("train.first_batch_size and train.batch_warmup_steps go together: set both or none")
+    if first is not None and (first % rows or train.global_batch_size % first):
+        raise ConfigError(
+            f"train.first_batch_size={first} must be a multiple of train.micro_batch_size x data-parallel ranks = "
+            f"{rows} and divide train.global_batch_size={train.global_batch_size}: change one of them"
+        )
+
+
+def _check_rates(train: TrainConfig) -> None:
+    if train.warmup_steps > train.max_steps:
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps} is more than train.max_steps={train.max_steps}: lower it"
+        )
+    if (train.schedule == "wsd") != (train.decay_steps > 0):
+        raise ConfigError(
+            f"train.decay_steps={train.decay_steps} with train.schedule={train.schedule}: "
+            "wsd needs the length of its fall, and only wsd has one"
+        )
+    if train.warmup_steps + train.decay_steps > train.max_steps:
+        raise ConfigError(
+            f"train.warmup_steps + decay_steps = {train.warmup_steps + train.decay_steps} is more than "
+            f"train.max_steps={train.max_steps}: lower one of them"
         )
 
 

@@ -17,11 +17,13 @@ from llm.utils.config import (
     DataConfig,
     DistConfig,
     EvalConfig,
+    LoggingConfig,
     ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ProfileConfig,
     TrainConfig,
 )
 from llm.utils.structs import ready
@@ -279,6 +281,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] = {

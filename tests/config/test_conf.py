@@ -18,7 +18,6 @@ from llmops.resources import conf_dir
 MODELS = ["tiny", "1b", "7b", "13b", "32b"]
 SECTIONS = {
     "train/default": schema.TrainConfig,
-    "dist/single": schema.DistConfig,
     "dist/fsdp": schema.DistConfig,
     "data/shakespeare": schema.DataConfig,
     "eval/default": schema.EvalConfig,
@@ -104,7 +103,7 @@ def test_every_key_has_a_comment() -> None:
 def test_default_run_is_one_local_rank() -> None:
     config = load_config().config
     assert config.cluster == schema.LocalCluster()
-    assert config.dist.mode == "single"
+    assert config.dist.dp_shard == 1
     assert config.model.name == "tiny"
     assert config.train.seq_len == config.model.max_seq_len
     assert config.command == []
@@ -119,7 +118,7 @@ def test_every_model_trains_on_many_gpus(name: str) -> None:
 def test_recipe_tiny() -> None:
     config = load_config(["recipe=tiny"]).config
     assert schema.backend(config) == "local"
-    assert (config.cluster.nodes, config.cluster.ranks_per_node, config.dist.mode) == (1, 2, "fsdp")
+    assert (config.cluster.nodes, config.cluster.ranks_per_node, config.dist.dp_shard) == (1, 2, "auto")
     assert (config.train.seq_len, config.train.global_batch_size, config.train.micro_batch_size) == (128, 16, 8)
     assert (config.train.max_steps, config.train.warmup_steps, config.checkpoint.every_steps) == (200, 20, 50)
     assert config.eval.sample_prompts[0] == "ROMEO:"

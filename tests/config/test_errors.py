@@ -38,7 +38,7 @@ CASES = [
     (["train.max_steps=1.5"], "expected a whole number"),
     (["train.max_steps=0"], "expected a whole number >= 1"),
     (["train.deterministic=3"], "expected true or false"),
-    (["dist.mode=ddp"], "expected single or fsdp"),
+    (["dist.pp_schedule=gpipe"], "expected 1f1b or interleaved"),
     (["train.dtype=float16"], "expected float32 or bfloat16"),
     (["code=1"], "expected a section of keys"),
     (["code.exclude=x"], "expected a list"),

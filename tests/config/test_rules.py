@@ -33,9 +33,12 @@ CASES = [
     (["command=['']"], "its first word, the program, is empty"),
     # the trainer's own rules, with the number of ranks
     (["model.n_heads=3"], "model.n_heads=3 does not divide model.dim=128"),
-    (["cluster.ranks_per_node=2"], "dist.mode=single runs on one rank, not 2"),
-    ([S, "dist.mode=fsdp", "cluster.nodes=3"], "train.global_batch_size=64 is not a multiple"),
-    (["cluster.nodes=2", "dist.mode=fsdp"], "cluster=local is one machine"),
+    (
+        ["cluster.ranks_per_node=2"],
+        "dist.dp_replicate x dp_shard x cp x tp x pp = 1 x 1 x 1 x 1 x 1 does not make up 2 ranks",
+    ),
+    ([S, "dist.dp_shard=auto", "cluster.nodes=3"], "train.global_batch_size=64 is not a multiple"),
+    (["cluster.nodes=2", "dist.dp_shard=auto"], "cluster=local is one machine"),
     # environment
     (["env.RANK=1"], "RANK is set by llmops itself"),
     (["env.OMP_NUM_THREADS=1"], "set train.threads_per_rank instead"),

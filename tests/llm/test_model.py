@@ -62,7 +62,7 @@ def test_no_position_sees_a_later_one() -> None:
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
-    cos, sin = rotary_table(12, 8, 10000.0, torch.device("cpu"))
+    cos, sin = rotary_table(shape(), 12, torch.device("cpu"))
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     spread = torch.ones(1, 1, 12, 1)
     scores = (rotate(q * spread, cos, sin) @ rotate(k * spread, cos, sin).transpose(-1, -2))[0, 0]
