@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -37,3 +38,23 @@ def place(tensor: Tensor) -> tuple[int, int]:
     if mesh is None:
         return 0, rows
     return chunk(rows, mesh.get_local_rank(), mesh.size())
+
+
+def slices(tensor: Tensor) -> tuple[slice, ...]:
+    """The box of the global tensor that :func:`local` returns, whatever the mesh; one slice per dimension."""
+    if getattr(tensor, "device_mesh", None) is None:
+        return tuple(slice(0, size) for size in tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spread: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, spread.device_mesh, spread.placements)
+    return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+
+
+def copies(tensor: Tensor) -> int:
+    """On how many ranks of its mesh the values that :func:`local` returns lie."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return 1
+    spread: Any = tensor
+    return math.prod(size for size, each in zip(mesh.shape, spread.placements, strict=True) if not each.is_shard())

@@ -273,6 +273,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     stop: StopConfig = StopConfig()
     metrics: MetricsConfig = MetricsConfig()
     notify: NotifyConfig = NotifyConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     sweep: SweepConfig = SweepConfig()
     cluster: LocalCluster | SlurmCluster | K8sCluster
     model: ModelConfig
@@ -281,8 +283,6 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
-    logging: LoggingConfig = LoggingConfig()
-    profile: ProfileConfig = ProfileConfig()
 
 
 CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] = {

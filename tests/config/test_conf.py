@@ -73,6 +73,7 @@ def test_top_level_lists_every_key_with_its_default() -> None:
     assert list(listed) == [name for name in schema.RunConfig.__struct_fields__ if name not in groups]
     sections = {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}
     sections |= {"metrics": schema.MetricsConfig, "notify": schema.NotifyConfig}
+    sections |= {"logging": schema.LoggingConfig, "profile": schema.ProfileConfig}
     for name, struct in sections.items():
         assert msgspec.convert(listed[name], struct) == struct()
         assert list(listed[name]) == list(struct.__struct_fields__)
@@ -90,6 +91,11 @@ def test_every_key_has_a_comment() -> None:
         "stop",
         "metrics",
         "notify",
+        "logging",
+        "profile",
+        "wandb_project",
+        "muon_momentum",
+        "ffn_bias",
         "backend",
         "tie_embeddings",
     }

@@ -20,7 +20,7 @@ CASES = [
     (["modle=tiny"], "there is no key modle; did you mean model?"),
     (["train.lrr=1"], "override train.lrr=1: there is no key train.lrr; did you mean train.lr?"),
     (["lr=3"], "did you mean train.lr?"),
-    (["train.zzzzzz=3"], "train has max_steps, seq_len"),
+    (["train.zzzzzz=3"], "train has max_steps, max_tokens"),
     (["+zzzzzz=3"], "there is no key zzzzzz; a run has name, runs_url"),
     (["++train.max_step=3"], "did you mean train.max_steps?"),
     (["cluster.partition=gpu"], "belongs to cluster=slurm, this run has cluster=local"),

@@ -46,7 +46,7 @@ def tiny(**changes: Any) -> dict[str, Any]:
             "lr": 0.003,
             "warmup_steps": 5,
         },
-        "dist": {"mode": "fsdp", "timeout_s": 60},
+        "dist": {"timeout_s": 60},
         "data": {"source": "embedded:shakespeare"},
         "eval": {"every_steps": 20, "batches": 2, "sample_prompts": ["To be", "HAMLET.\n"], "sample_tokens": 10},
         "checkpoint": {"every_steps": 25},
