@@ -16,9 +16,10 @@ from checkpoint_store import SPAWN, free_ports
 from torch import Tensor
 
 from llm.model.transformer import Transformer
-from llm.train.dist import World, shard
+from llm.train.dist import lay_out, shard
 from llm.train.optim import AdamW
-from llm.utils.config import ModelConfig, TrainConfig
+from llm.train.world import World
+from llm.utils.config import DistConfig, ModelConfig, TrainConfig
 from llm.utils.sharding import local, place
 
 ANSWER_S = 600.0
@@ -154,10 +155,12 @@ def _state(world: World, layers: int) -> dict[str, Tensor]:
     with torch.device("meta" if world.grouped else "cpu"):
         model = Transformer(shape)
     if world.grouped:
-        shard(model, model.blocks, world, torch.float32)
+        mesh = lay_out(DistConfig(), world).mesh
+        assert mesh is not None
+        shard(model, model.blocks.values(), mesh, torch.float32)
         model.to_empty(device="cpu")
         model.tie()
-    state = AdamW(model, train).state()
+    state = AdamW(dict(model.named_parameters()), train).state()
     for seed, tensor in enumerate(state.values()):
         whole = torch.empty(tensor.shape).uniform_(generator=torch.Generator().manual_seed(seed))
         local(tensor).copy_(whole[slice(*place(tensor))])

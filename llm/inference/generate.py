@@ -13,9 +13,9 @@ from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import newest_commit, read_manifest
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
-from llm.train.dist import World
 from llm.train.pieces import local_pieces
 from llm.train.resharding import load as load_tensors
+from llm.train.world import World
 from llm.utils.config import ConfigError, TrainingConfig, load
 from llm.utils.storage import open_storage
 

@@ -1,4 +1,14 @@
-"""Initial weights: the same values for the same seed, whatever the number of ranks."""
+"""Initial weights: the same values for the same seed, whatever the number of ranks.
+
+Two sets of rules (``model.init``):
+
+- ``depth_scaled``: matrices get 1/sqrt(fan-in), the two that write into the residual stream less by sqrt(2 x layers),
+  as GPT-2 has it, so that the stream's variance does not grow with depth.
+- ``mup``: the same at width ``mup_base_dim``, and other widths follow from it such that activations and updates keep
+  their size, so that a learning rate found on a narrow model fits a wide one (Yang et al., "Tensor Programs V", 2022,
+  table 8). Three rules are elsewhere: attention's scale, the scale of the logits (:mod:`llm.model.layers`,
+  :mod:`llm.model.transformer`), and each parameter's learning rate, :func:`lr_scale`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +17,14 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from llm.utils.sharding import local, place
+from llm.utils.config import ModelConfig
+from llm.utils.sharding import local, slices
 
 EMBEDDING_STD = 0.02
+INTO_THE_STREAM = ("attention.wo.weight", "ffn.down.weight")
 
 
-def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
+def init_weights(model: nn.Module, seed: int, config: ModelConfig) -> None:
     """Fill every parameter in place; sharded parameters get their slice of the full tensor.
 
     Each tensor has its own generator, keyed by its name, on the CPU: neither the number of ranks, nor the order of
@@ -20,23 +32,32 @@ def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            full = initial_value(name, tuple(parameter.shape), seed, n_layers)
-            begin, end = place(parameter)
-            local(parameter).copy_(full[begin:end])
+            full = initial_value(name, tuple(parameter.shape), seed, config)
+            local(parameter).copy_(full[slices(parameter)])
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, n_layers: int) -> Tensor:
-    """The full float32 tensor that ``name`` starts from.
-
-    Matrices: normal with 1/sqrt(fan-in). The two that write into the residual stream are smaller by sqrt(2 x layers),
-    so that the stream's variance does not grow with depth. Norm weights: one.
-    """
-    full = torch.ones(shape)
-    if full.dim() < 2:
-        return full
-    std = EMBEDDING_STD if name == "embedding.weight" else shape[1] ** -0.5  # a linear weight is (out, in)
-    if name.endswith(("attention.wo.weight", "ffn.down.weight")):
-        std /= (2 * n_layers) ** 0.5
+def initial_value(name: str, shape: tuple[int, ...], seed: int, config: ModelConfig) -> Tensor:
+    """The full float32 tensor that ``name`` starts from: normal for matrices, one for norms, zero for biases."""
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+    if config.tie_embeddings and name == "head.weight":
+        name = "embedding.weight"  # on the last stage of a pipeline
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)  # a signed 64-bit seed
-    return full.normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, standard_deviation(name, shape, config), generator=generator)
+
+
+def standard_deviation(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """Of the matrix ``name`` (out, in)."""
+    if name == "embedding.weight":
+        return EMBEDDING_STD
+    if name == "head.weight" and config.init == "mup":
+        return float(config.mup_base_dim**-0.5)  # at every width: the logits are scaled instead
+    std = float(shape[1] ** -0.5)
+    return std / (2 * config.n_layers) ** 0.5 if name.endswith(INTO_THE_STREAM) else std
+
+
+def lr_scale(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """What the learning rate of ``name`` is multiplied by under Adam: 1, or less for muP's wide matrices."""
+    hidden = len(shape) >= 2 and name not in ("embedding.weight", "head.weight")
+    return config.mup_base_dim / config.dim if config.init == "mup" and hidden else 1.0

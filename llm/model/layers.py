@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.model.attention import Mask, attend
+from llm.model.rope import rotate
 from llm.utils.config import ModelConfig, head_size
 
-
-def rotary_table(
-    config: ModelConfig, length: int, device: torch.device, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, E/2) in float32, or (B, T, E/2) for ``positions`` (B, T).
-
-    Recomputed in every forward instead of kept in a buffer: it costs next to nothing, and a buffer would need care
-    wherever a model is built on the meta device, sharded or saved.
-    """
-    size = head_size(config)
-    frequencies = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)  # (E/2)
-    if positions is None:
-        positions = torch.arange(length, device=device)
-    angles = positions.float().unsqueeze(-1) * frequencies  # (T, E/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of a head by its position's angle. ``x`` is (B, heads, T, E)."""
-    first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, E/2) each; float32 keeps long positions exact under bf16
-    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.to(x.dtype)
+MUP_HEAD = 64  # values of a head at which muP's scale of attention is the usual one
 
 
 class Linear(nn.Linear):
-    """A matrix (out, in) without bias, left unfilled: values come from ``llm.model.init`` or a checkpoint.
+    """A matrix (out, in), left unfilled: values come from ``llm.model.init`` or a checkpoint.
 
     What torch would draw here is thrown away, and on the meta device the drawing alone imports the compiler.
     """
 
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Leave the weight as it is."""
+        """Leave the values as they are."""
 
 
 class Embedding(nn.Embedding):
@@ -64,37 +47,64 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def attention_scale(config: ModelConfig) -> float | None:
+    """What products of queries and keys are multiplied by; None = 1 / sqrt(E).
+
+    muP divides by E (Yang et al., "Tensor Programs V", 2022, section 4.1), here such that heads of 64 change nothing.
+    """
+    return MUP_HEAD**0.5 / head_size(config) if config.init == "mup" else None
+
+
+def layer_window(config: ModelConfig, layer: int) -> int | None:
+    """How many positions each one sees in ``layer`` (from 0), itself included; None = all."""
+    full = config.full_every > 0 and (layer + 1) % config.full_every == 0
+    return None if full else config.window
+
+
 class Attention(nn.Module):
-    """Causal attention with rotary positions; H/K query heads share one key/value head."""
+    """Causal attention with rotary positions; H/K query heads share one key/value head.
+
+    ``gather``, set from outside where positions are spread over ranks, turns this rank's keys or values (B, K, T, E)
+    into those of the whole row, in order.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = head_size(config)
-        self.wq = Linear(config.dim, self.n_heads * self.head_dim)
-        self.wk = Linear(config.dim, self.n_kv_heads * self.head_dim)
-        self.wv = Linear(config.dim, self.n_kv_heads * self.head_dim)
-        self.wo = Linear(self.n_heads * self.head_dim, config.dim)
+        self.scale = attention_scale(config)
+        self.gather: Callable[[Tensor], Tensor] | None = None
+        queries, keys = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        self.wq = Linear(config.dim, queries, config.qkv_bias)
+        self.wk = Linear(config.dim, keys, config.qkv_bias)
+        self.wv = Linear(config.dim, keys, config.qkv_bias)
+        self.wo = Linear(queries, config.dim, config.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         B, T, _ = x.shape
         # Under tensor parallelism a rank has only some of the heads: -1.
-        q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        # Under autocast norms give float32, and kernels want one type.
+        q, k = (rotate(each, *rope).transpose(1, 2).to(v.dtype) for each in (q, k))
+        if self.gather is not None:
+            k, v = self.gather(k), self.gather(v)  # (B, K, S, E)
+        out = attend(q, k, v, mask, self.scale)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gate of width F decides what of ``up`` passes to ``down``."""
+    """SwiGLU (Shazeer, 2020): a gate of width F decides what of ``up`` passes to ``down``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = Linear(config.dim, config.ffn_dim)
-        self.up = Linear(config.dim, config.ffn_dim)
-        self.down = Linear(config.ffn_dim, config.dim)
+        self.gate = Linear(config.dim, config.ffn_dim, config.ffn_bias)
+        self.up = Linear(config.dim, config.ffn_dim, config.ffn_bias)
+        self.down = Linear(config.ffn_dim, config.dim, config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
@@ -111,6 +121,6 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, documents)  # (B, T, D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask)  # (B, T, D)
         return x + self.ffn(self.ffn_norm(x))  # type: ignore[no-any-return]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from llm.model.layers import Block, Embedding, Linear, RMSNorm, rotary_table
+from llm.model.attention import Mask, make_mask, packs
+from llm.model.layers import Block, Embedding, Linear, RMSNorm, layer_window
 from llm.model.loss import linear_cross_entropy
+from llm.model.rope import rotary_table
 from llm.utils.config import ModelConfig, head_size
 
 
@@ -13,16 +16,19 @@ class Transformer(nn.Module):
     """Llama-style decoder. Build it on the meta device, then fill it by ``init_weights`` or from a checkpoint.
 
     A stage of a pipeline has only some ``layers``, under their own numbers, the first one also the embedding and the
-    last one the head. Shapes: B rows, T positions, D width, V vocabulary.
+    last one the head. ``parts``, set from outside together with ``Attention.gather``, is the number of ranks over
+    which the positions of a row are spread. Shapes: B rows, T positions, D width, V vocabulary.
     """
 
     def __init__(self, config: ModelConfig, layers: range | None = None) -> None:
         super().__init__()
         self.config = config
+        self.parts = 1
         layers = range(config.n_layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == config.n_layers
-        if self.first:
+        if self.first or (self.last and config.tie_embeddings):  # a last stage has it for its head
             self.embedding = Embedding(config.vocab_size, config.dim)
+        self.windows = {str(layer): layer_window(config, layer) for layer in layers}
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in layers})
         if self.last:
             self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -32,9 +38,9 @@ class Transformer(nn.Module):
     def tie(self) -> None:
         """Make head and embedding one (V, D) if the config says so. ``to_empty`` parts them: call it again then.
 
-        Where a pipeline has them on two stages they stay two, and are kept equal from outside.
+        What a pipeline has on its first and its last stage is kept equal from outside.
         """
-        if self.config.tie_embeddings and self.first and self.last:
+        if self.config.tie_embeddings and self.last:
             self.head.weight = self.embedding.weight
 
     def forward(
@@ -46,20 +52,39 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """From tokens (B, T), on the first stage, or the stage before's output (B, T, D).
 
-        ``positions`` (T) or (B, T) are those that rotary embeddings turn by, 0 .. T - 1 unless given; ``documents``
-        (B, T) number the documents of packed rows, which do not see each other. Returns what the next stage takes; on
-        the last stage logits (B, T, V), or with ``targets`` (B, T; -100 = not counted) their losses, as :class:`Head`.
+        ``positions`` (T) are the places of these columns in their row, 0 .. T - 1 unless given. ``documents`` (B, S)
+        number the documents of packed rows, which do not see each other; they are those of the whole row, S = T x
+        ``parts`` long, and may lie on the CPU. Returns what the next stage takes; on the last stage logits (B, T, V),
+        or with ``targets`` (B, T; -100 = not counted) their losses, as :class:`Head`.
         """
-        if positions is None and x.shape[1] > self.config.max_seq_len:
+        if self.first and positions is None and x.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{x.shape[1]} positions, but model.max_seq_len={self.config.max_seq_len}")
-        rope = rotary_table(self.config, x.shape[1], x.device, positions)  # cosines and sines
+        length = x.shape[1] if positions is None else positions.shape[0]  # tensor parallelism may split x between them
+        rope = rotary_table(self.config, length, x.device, positions)  # cosines and sines
         if self.first:
             x = self.embedding(x)  # (B, T, D)
-        for block in self.blocks.values():
-            x = block(x, rope, documents)
+        masks = self._masks(x, length, positions, documents)
+        for layer, block in self.blocks.items():
+            x = block(x, rope, masks[self.windows[layer]])
         if self.last:
-            x = self.head(self.norm(x), targets)
+            x = self.norm(x)
+            if (scale := logit_scale(self.config)) != 1.0:
+                x = x * scale
+            x = self.head(x, targets)
         return x
+
+    def _masks(
+        self, x: Tensor, length: int, positions: Tensor | None, documents: Tensor | None
+    ) -> dict[int | None, Mask]:
+        """The mask of each kind of layer there is, by its window."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        packed = packs(x.device, dtype, head_size(self.config))
+        spread = positions if self.parts > 1 else None  # those of a whole row are in order
+        return {
+            window: make_mask(x.shape[0], length * self.parts, x.device, window, spread, documents, packed)
+            for window in set(self.windows.values())
+        }
 
 
 class Head(Linear):
@@ -77,10 +102,17 @@ class Head(Linear):
         return linear_cross_entropy(x, self.weight, targets, self.chunk, self.z_loss)
 
 
+def logit_scale(config: ModelConfig) -> float:
+    """What the last norm's output is multiplied by: 1, or under muP base width / width, which lets a matrix be tied."""
+    return config.mup_base_dim / config.dim if config.init == "mup" else 1.0
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Number of trained values, from the shape alone."""
-    size = head_size(config)
-    attention = config.dim * size * 2 * (config.n_heads + config.n_kv_heads)
-    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
-    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    return config.n_layers * block + embeddings + config.dim
+    size, width = head_size(config), config.dim
+    queries, keys = size * config.n_heads, size * config.n_kv_heads
+    attention = 2 * width * (queries + keys) + (queries + 2 * keys) * config.qkv_bias + width * config.out_bias
+    ffn = 3 * width * config.ffn_dim + (2 * config.ffn_dim + width) * config.ffn_bias
+    norms = 2 * width + 2 * size * config.qk_norm
+    embeddings = config.vocab_size * width * (1 if config.tie_embeddings else 2)
+    return config.n_layers * (attention + ffn + norms) + embeddings + width

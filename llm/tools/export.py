@@ -16,9 +16,9 @@ from llm.checkpoint.image import split
 from llm.checkpoint.leases import lease
 from llm.checkpoint.lineage import read_manifest, read_part
 from llm.tools.destination import new_file
-from llm.train.dist import World
 from llm.train.pieces import DTYPES, LocalPiece
 from llm.train.resharding import load
+from llm.train.world import World
 from llm.utils.storage import Storage
 
 BATCH = 512 << 20  # bytes that are read at a time

@@ -11,13 +11,14 @@ from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import folders, newest_commit
 from llm.train.checkpoint import Checkpointer
 from llm.train.control import Control
-from llm.train.dist import World, connect
+from llm.train.dist import lay_out
 from llm.train.exporter import Exporter
 from llm.train.logging import Metrics
 from llm.train.loop import Trainer, prepare
 from llm.train.resharding import together
 from llm.train.schedule import retention
 from llm.train.throughput import gpu_memory
+from llm.train.world import World, connect
 from llm.utils.config import TrainingConfig
 from llm.utils.storage import Storage, open_storage
 
@@ -45,11 +46,12 @@ def run_attempt(
         checkpointer = Checkpointer(
             storage, world, attempt, generation, keep, saving.save_seconds, code, snapshots=saving.snapshot_steps > 0
         )
-        trainer = Trainer(config, world, storage, control, metrics, checkpointer, exporter)
+        layout = lay_out(config.dist, world)
+        trainer = Trainer(config, layout, storage, control, metrics, checkpointer, exporter)
         checkpointer.check_store()  # before the first line of metrics: it says best what is wrong
         together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
         trainer.start(resume)
-        metrics.write("phase", phase="loaded", step=trainer.step)
+        metrics.write("phase", phase="loaded", step=trainer.progress.step)
         return trainer.run()
     except (CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

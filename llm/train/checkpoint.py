@@ -27,11 +27,11 @@ from llm.checkpoint.lineage import before, read_manifest
 from llm.checkpoint.messages import CommitOrder, Committed, Failed, Layout, Reply, Save, Wanted, Written
 from llm.checkpoint.probe import probe
 from llm.checkpoint.retention import Retention, chain
-from llm.train.dist import World
 from llm.train.pieces import NAMES, LocalPiece, local_pieces
 from llm.train.resharding import load, together
 from llm.train.saver import Saver
 from llm.train.staging import Staging
+from llm.train.world import World
 from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage
 from llm.utils.structs import ready
@@ -77,6 +77,7 @@ class Checkpointer:
         self.storage, self.world, self.keep, self.limit_s, self.code = storage, world, keep, limit_s, code
         self.attempt, self.generation = attempt, generation
         self.slots = 2 if snapshots else 1
+        self.mesh = {"ranks": world.size}  # how the ranks are laid out, for those who read the manifest
         self.chain: list[Commit] = []  # rank 0: the commits that lead to the present state, oldest first
         self.blocked_s = 0.0  # what the last save cost the training: waiting for the one before, and copying
         self.waited_s = 0.0  # of that, waiting
@@ -168,7 +169,7 @@ class Checkpointer:
         if self.world.rank == 0:
             order = CommitOrder(
                 world_size=self.world.size,
-                mesh={"ranks": self.world.size},
+                mesh=self.mesh,
                 code=self.code,
                 chain=self.chain,
                 keep=self.keep,

@@ -1,152 +1,173 @@
-"""Processes, devices, and how the model is spread over them."""
+"""How a model is spread over ranks: one device mesh, and one order in which parallelism is applied to a plain model.
+
+Ranks are numbered with pipeline stages outermost, then copies, shards, parts of a sequence, and tensor parallelism
+innermost, so that those who exchange most share a node. The order of application, in :func:`parallelize`:
+
+    tensor parallel -> (the model is a pipeline's stage already) -> activation checkpointing -> compile -> FSDP / HSDP
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from llm.checkpoint.format import CheckpointError, DamagedError
-from llm.utils.config import DistConfig
+from llm.model.transformer import Transformer
+from llm.train.world import World
+from llm.utils.config import DistConfig, TrainConfig, data_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
-class World:
-    """This rank's place among all of them."""
+class Layout:
+    """This rank's place on every axis. ``dp_*`` count copies and shards together: ranks with rows of their own."""
 
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-    grouped: bool  # is there a process group?
+    world: World
+    replicate: int
+    shard: int
+    dp: int
+    dp_rank: int
+    cp: int
+    cp_rank: int
+    tp: int
+    tp_rank: int
+    pp: int
+    pp_rank: int
+    mesh: DeviceMesh | None  # axes pp, dp_replicate, dp_shard (x cp) and tp, as far as they have more than one rank
 
-    def sum(self, values: Tensor) -> Tensor:
-        """``values`` added up over all ranks, in place."""
-        if self.grouped:
-            dist.all_reduce(values)
-        return values
+    @property
+    def gathered(self) -> int:
+        """Over how many ranks FSDP averages gradients."""
+        return self.dp * self.cp
 
-    def any(self, flag: bool) -> bool:
-        """Is ``flag`` set on any rank? Waits for all of them."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+    @property
+    def speaks(self) -> bool:
+        """Do this rank's losses count? Those of a sequence's tensor-parallel ranks are equal; one stage has them."""
+        return self.tp_rank == 0 and self.pp_rank == self.pp - 1
 
-    def failure(self, reason: str | None) -> str | None:
-        """Why any rank failed, the same text on every rank, or None when all have given None. Waits for all of them."""
-        if not self.grouped:
-            return reason
-        failed = torch.tensor(0 if reason is None else self.rank + 1, device=self.device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if (culprit := int(failed) - 1) < 0:
-            return None
-        text = f"rank {self.rank}: {reason}".encode()[:1024].ljust(1024)
-        message = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
-        dist.broadcast(message, src=culprit)
-        return bytes(message.tolist()).decode(errors="replace").rstrip()
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one on ``axis`` alone."""
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
 
-    def raise_together(self, failure: Exception | None, complaint: str = "") -> None:
-        """Raise the same on every rank when any of them has failed, and nothing when all have given None.
-
-        Damage that one rank has proven outranks what others could not do: DamagedError, else CheckpointError.
-        """
-        prefix = f"{complaint}: " if complaint else ""
-        damaged = isinstance(failure, DamagedError)
-        if not self.grouped:
-            if failure is not None:
-                raise (DamagedError if damaged else CheckpointError)(prefix + str(failure)) from failure
-            return
-        kind = torch.tensor(0 if failure is None else 2 if damaged else 1, device=self.device)
-        dist.all_reduce(kind, op=dist.ReduceOp.MAX)
-        if not (worst := int(kind)):
-            return
-        speaks = failure is not None and (damaged or worst == 1)
-        reason = self.failure(str(failure) if speaks else None)
-        raise (DamagedError if worst == 2 else CheckpointError)(f"{prefix}{reason}") from failure
-
-    def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """``data`` of every rank; any length."""
-        if not self.grouped:
-            return [data]
-        mine = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        lengths = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(lengths, mine)
-        sizes = [int(length) for length in lengths]
-        padded = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
-        if data:
-            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        padded = padded.to(self.device)
-        everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(everyone, padded)
-        return [each[:size].cpu().numpy().tobytes() for each, size in zip(everyone, sizes, strict=True)]
-
-    def bytes_from_first(self, data: bytes) -> bytes:
-        """Rank 0's ``data``; what the others give is ignored."""
-        if not self.grouped:
-            return data
-        if not (size := self.from_first([len(data)])[0]):
-            return b""
-        tensor = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0:
-            tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        tensor = tensor.to(self.device)
-        dist.broadcast(tensor, src=0)
-        return tensor.cpu().numpy().tobytes()
-
-    def exchange(self, data: Tensor, sizes: list[int], expected: list[int]) -> Tensor:
-        """Send ``sizes[r]`` bytes of ``data`` (uint8, on the CPU) to each rank r; returns what the others sent.
-
-        ``expected`` has how many bytes each rank sends. All ranks call it together.
-        """
-        result = torch.empty(sum(expected), dtype=torch.uint8, device=self.device)
-        dist.all_to_all_single(result, data.to(self.device), expected, sizes)
-        return result.cpu()
-
-    def from_first(self, values: list[int]) -> list[int]:
-        """Rank 0's ``values`` (equally many everywhere)."""
-        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
-        if self.grouped:
-            dist.broadcast(tensor, src=0)
-        return [int(value) for value in tensor.tolist()]
+    def sizes(self) -> dict[str, int]:
+        """Number of ranks on every axis, for records."""
+        return dict(zip(AXES, (self.pp, self.replicate, self.shard, self.cp, self.tp), strict=True))
 
 
-def connect(config: DistConfig, rank: int, size: int, local_rank: int) -> World:
-    """Choose the device and join the other ranks. One rank alone needs no process group, whatever the mode."""
-    cuda = config.backend == "nccl" or (config.backend == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if size == 1:
-        return World(rank, size, local_rank, device, grouped=False)
-    options: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(seconds=config.timeout_s)}
-    if cuda:
-        options["device_id"] = device
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size) or os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
-        # All ranks are on this machine: its own name may resolve to an address that is not reachable.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(**options)
-    return World(rank, size, local_rank, device, grouped=True)
+def lay_out(config: DistConfig, world: World) -> Layout:
+    """Place this rank and, where there are others, join the groups of its axes. Raises ConfigError."""
+    dp = data_parallel(config, world.size)
+    shard = dp // config.dp_replicate
+    tp_rank, rest = world.rank % config.tp, world.rank // config.tp
+    cp_rank, rest = rest % config.cp, rest // config.cp
+    dp_rank, pp_rank = rest % dp, rest // dp
+    mesh = None
+    if world.grouped:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        # Ranks that share a sequence hold the same weights, as those of FSDP do: they are one axis.
+        sizes = {"pp": config.pp, "dp_replicate": config.dp_replicate, "dp_shard": shard * config.cp, "tp": config.tp}
+        axes = tuple(axis for axis, size in sizes.items() if size > 1 or axis == "dp_shard")
+        mesh = init_device_mesh(world.device.type, tuple(sizes[axis] for axis in axes), mesh_dim_names=axes)
+    return Layout(
+        world=world,
+        replicate=config.dp_replicate,
+        shard=shard,
+        dp=dp,
+        dp_rank=dp_rank,
+        cp=config.cp,
+        cp_rank=cp_rank,
+        tp=config.tp,
+        tp_rank=tp_rank,
+        pp=config.pp,
+        pp_rank=pp_rank,
+        mesh=mesh,
+    )
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
+def parallelize(model: Transformer, layout: Layout, train: TrainConfig, reshard_after_forward: bool) -> None:
+    """Spread ``model``, the whole of it or one stage of a pipeline, on the meta device, over the ranks of its stage.
+
+    Where there is one rank alone, only what makes its steps cheaper is applied.
+    """
+    if layout.tp > 1:
+        from llm.train.tensor_parallel import split_matrices
+
+        assert layout.mesh is not None
+        split_matrices(model, layout.mesh["tp"])
+    if layout.cp > 1:
+        from llm.train.context_parallel import share_sequences
+
+        share_sequences(model, layout)
+    for block in model.blocks.values():
+        if train.activation_checkpointing != "none":
+            checkpoint_activations(block, selective=train.activation_checkpointing == "selective")
+        if train.compile:
+            # The forward alone: what FSDP hooks to the module stays outside.
+            block.forward = torch.compile(block.forward, fullgraph=True)
+    if layout.mesh is not None:
+        axes = ("dp_replicate", "dp_shard") if layout.replicate > 1 else ("dp_shard",)
+        shard(model, model.blocks.values(), layout.mesh[axes], getattr(torch, train.dtype), reshard_after_forward)
+
+
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+) -> None:
     """FSDP2: each block is a unit of its own, gathered for its own forward and backward; the root holds the rest.
 
     Weights and reductions stay float32; blocks compute in ``dtype``. The first shard costs most of a second: DTensor
     works out shapes with fake tensors, and those import torch's compiler. One rank alone never pays for it.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary table stays float32; what else enters a block has its dtype already
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def checkpoint_activations(block: nn.Module, selective: bool) -> None:
+    """Keep of ``block`` its inputs alone, and work out the rest again in the backward pass (Chen et al., 2016).
+
+    ``selective`` also keeps what matrix products and attention gave, the costly part, and recomputes what lies between.
+    """
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _costly())
+    # There is no randomness inside: no generator's state is kept.
+    block.forward = partial(checkpoint, block.forward, preserve_rng_state=False, **options)
+
+
+def _costly() -> list[Any]:
+    ops = torch.ops.aten
+    return [
+        ops.mm.default,
+        ops.addmm.default,
+        ops._scaled_dot_product_flash_attention.default,
+        ops._scaled_dot_product_flash_attention_for_cpu.default,
+        ops._scaled_dot_product_efficient_attention.default,
+        ops._scaled_dot_product_cudnn_attention.default,
+        ops._scaled_dot_product_attention_math.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    ]

@@ -1,235 +1,270 @@
-"""The training loop, from a config to an exit code."""
+"""The training loop: one attempt at a run, on one rank."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from llm.checkpoint.format import Commit
 from llm.data.source import load_text
-from llm.data.streaming import Windows, batches, held_out_batches
-from llm.data.tokenizer import load_tokenizer
-from llm.inference.generate import generate
+from llm.data.streaming import Ranges, Windows, batches
 from llm.model.init import init_weights
-from llm.model.transformer import Transformer
 from llm.train.checkpoint import Checkpointer, Event
 from llm.train.control import EXIT_STOPPED, Control
-from llm.train.dist import World, shard
+from llm.train.dist import Layout
+from llm.train.ema import MovingAverage
+from llm.train.evaluate import held_out_loss, samples
 from llm.train.exporter import Exporter
+from llm.train.guard import Guard, take
 from llm.train.logging import Metrics
-from llm.train.optim import AdamW, clip_coefficient, learning_rate
+from llm.train.optim import AdamW, clip_coefficient
+from llm.train.progress import Progress, check_identity, config_digest, data_identity
+from llm.train.rates import global_batch, last_step, learning_rate
 from llm.train.schedule import SaveSchedule
+from llm.train.step import Passes
 from llm.train.throughput import Throughput, gpu_memory
-from llm.utils.config import ConfigError, TrainingConfig
+from llm.utils.config import TrainingConfig
 from llm.utils.storage import Storage
 
 
 class Trainer:
-    """One attempt at a run on one rank. ``step`` counts finished updates, and with them the global batches consumed."""
+    """The state of an attempt, and what changes it."""
 
     def __init__(
         self,
         config: TrainingConfig,
-        world: World,
+        layout: Layout,
         storage: Storage,
         control: Control,
         metrics: Metrics,
         checkpointer: Checkpointer,
         exporter: Exporter,
     ) -> None:
-        self.config, self.world, self.storage, self.exporter = config, world, storage, exporter
-        self.control, self.metrics, self.checkpointer = control, metrics, checkpointer
-        self.dtype = getattr(torch, config.train.dtype)
-        self.text = load_text(config.data.source, config.data.validation_fraction)
+        self.config, self.layout, self.world, self.storage = config, layout, layout.world, storage
+        self.control, self.metrics, self.checkpointer, self.exporter = control, metrics, checkpointer, exporter
         train = config.train
-        self.throughput = Throughput(config.model, train, world.size, world.device)
-        self.windows = Windows(
-            self.text.train, train.seq_len, train.global_batch_size, train.seed, world.rank, world.size
-        )
-        with torch.device("meta" if world.grouped else world.device):  # what will be sharded takes no memory before
-            self.model = Transformer(config.model)
-        if world.grouped:
-            shard(self.model, self.model.blocks.values(), world, self.dtype)
-            self.model.to_empty(device=world.device)
-            self.model.tie()
-        self.optimizer = AdamW(self.model, train)
-        self.step = 0
-        self.evaluated = -1  # the last step whose held-out loss is in the metrics
-        self.loss: float | None = None
-        self.evaluation_loss: float | None = None
-        self.schedule = SaveSchedule(config.checkpoint, storage, world.rank)
+        self.text = load_text(config.data.source, config.data.validation_fraction)
+        self.windows = Windows(self.text.train, train.seq_len, train.seed, layout.dp_rank, layout.dp)
+        self.throughput = Throughput(config.model, train, self.world.size, self.world.device)
+        self.passes = Passes(config, layout)
+        parameters = self.passes.named_parameters()
+        self.optimizer = AdamW(parameters, train)
+        self.average = MovingAverage(parameters, train.ema_decay) if train.ema_decay else None
+        self.guard = Guard(train)
+        self.last_step = last_step(train)
+        self.progress = Progress()
+        self.over = False  # rank 0 has said so: there is no time left for another step
+        self.schedule = SaveSchedule(config.checkpoint, storage, self.world.rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
         self.stalled_s = 0.0  # in which saves held this attempt up so far
         self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
         self.saved: Commit | None = None  # what holds the state after ``step``, or before it
-        checkpointer.attach(self.optimizer.state())
+        checkpointer.mesh = {"ranks": self.world.size, **layout.sizes()}
+        checkpointer.attach(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by canonical name."""
+        averages = {} if self.average is None else self.average.state()
+        return {**self.optimizer.state(), **averages}
 
     def start(self, resume: Commit | None) -> None:
         """Take the state of ``resume``, or the very first one."""
-        if resume is None:
-            init_weights(self.model, self.config.train.seed, self.config.model.n_layers)
-        else:
+        if resume is not None:
             self.saved, state = self.checkpointer.load_newest(resume)
             self.restore(state)
+            return
+        for part in self.passes.parts:
+            init_weights(part, self.config.train.seed, self.config.model)
+        if self.average is not None:
+            self.average.start()
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Train to the last step or to a stop request; returns the exit code."""
-        steps = self.config.train.max_steps
         stop = self.world.any(self.control.stop_requested())
-        if not stop and self.due(self.config.eval.every_steps):  # a stop request had cut it short
+        if not stop and self.due():  # a stop request had cut it short
             stop = self.evaluate()
-        data = batches(self.windows, self.step, steps, self.config.data.num_workers)
-        while self.step < steps and not stop:
+        data = self.data()
+        while not self.done() and not stop:
+            before = self.progress.step
             stop = self.train_step(data)
-            if not stop and self.due(self.config.eval.every_steps):
+            if self.progress.step < before:  # rolled back
+                data = self.data()
+                continue
+            if not stop and self.due():
                 stop = self.evaluate()
-            last = self.step == steps and not stop
-            if last or self.save_wanted or self.schedule.due_by_step(self.step):
+            last = self.done() and not stop
+            if last or self.save_wanted or self.schedule.due_by_step(self.progress.step):
                 self.save(wait=last or not self.config.checkpoint.asynchronous)
-            elif self.schedule.snapshot_due(self.step):
+            elif self.schedule.snapshot_due(self.progress.step):
                 self.snapshot()
-        if stop:
-            return self.leave()
-        self.print_samples()
-        self.metrics.write("phase", phase="finished", step=self.step)
-        self.metrics.close()
-        self.checkpointer.close()
-        self.control.heartbeat("finished")
-        return 0
+        return self.leave() if stop else self.finish()
+
+    def done(self) -> bool:
+        """Is there no step left?"""
+        return self.over or self.progress.step >= self.last_step
+
+    def data(self) -> Iterator[Tensor]:
+        """This rank's rows of every global batch to come."""
+        return batches(self.windows, self.coming(), self.config.data.num_workers)
+
+    def coming(self) -> Iterator[Ranges]:
+        """The sequences of every global batch to come."""
+        position = self.progress.samples
+        for step in range(self.progress.step + 1, self.last_step + 1):
+            ranges = take(position, global_batch(step, self.config.train), self.guard.left_out)
+            position = ranges[-1][1]
+            yield tuple(ranges)
 
     def train_step(self, data: Iterator[Tensor]) -> bool:
-        """One update from this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
+        """One step on this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
         began = time.perf_counter()
         rows = next(data)
         data_s = time.perf_counter() - began
-        config, world = self.config.train, self.world
-        global_tokens = config.global_batch_size * config.seq_len
-        loss_sum = torch.zeros((), device=world.device)
-        for micro in torch.split(rows, config.micro_batch_size):
-            micro_sum = self.loss_sum(micro)
-            # FSDP averages gradients over ranks, and the loss is the mean over the tokens of all of them. Gradients are
-            # reduced after every micro-batch: holding them back would need a whole unsharded copy.
-            (micro_sum[0] * (world.size / global_tokens)).backward()  # type: ignore[no-untyped-call]
-            loss_sum += micro_sum[1].detach()
+        train, world, progress = self.config.train, self.world, self.progress
+        step = progress.step + 1
+        size = global_batch(step, train)
+        ranges = take(progress.samples, size, self.guard.left_out)
+        sums = self.passes.train(rows, size * train.seq_len)
 
         with torch.no_grad():
-            gradients = self.optimizer.gradients()
-            squares = torch.stack([grad.square().sum(dtype=torch.float64) for grad in gradients]).sum()
             # The step's one small reduction: the loss, the norm for clipping, and what the others must know.
+            hours_left = train.max_hours is None or progress.trained_s < train.max_hours * 3600
             flags = [
                 self.control.stop_requested(),
                 self.schedule.due_by_clock() or self.checkpointer.wanted,
                 self.part_failed,
+                world.rank == 0 and not hours_left,
             ]
-            mine = torch.tensor([rows.shape[0] * config.seq_len, *flags], dtype=torch.float64)
-            total = world.sum(torch.cat((torch.stack((loss_sum.double(), squares)), mine.to(world.device))))
-            loss, squares_sum, tokens, stops, saves, failures = total.tolist()
-            self.save_wanted = bool(saves)
-            loss, norm = loss / tokens, squares_sum**0.5
-            if not torch.isfinite(total).all():
-                raise FloatingPointError(
-                    f"step {self.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. Lower train.lr "
-                    f"(now {config.lr}) or resume from an earlier checkpoint"
-                )
-            if (coefficient := clip_coefficient(norm, config.grad_clip)) < 1:
-                torch._foreach_mul_(gradients, coefficient)
-            lr = learning_rate(self.step + 1, config)
-            self.checkpointer.fence()
-            self.optimizer.step(lr)
+            mine = torch.tensor([self.passes.tokens(rows), *flags], dtype=torch.float64, device=world.device)
+            total = world.sum(torch.cat((sums[1:].double(), self.passes.norm_squares().view(1), mine)))
+            loss, squares, tokens, stops, saves, failures, over = total.tolist()
+            self.save_wanted, self.over = bool(saves), bool(over)
+            loss, norm = loss / tokens, squares**0.5
+            verdict = self.guard.judge(step, loss, norm)
+            lr = learning_rate(step, train)
+            if verdict == "go":
+                if (coefficient := clip_coefficient(norm, train.grad_clip)) < 1:
+                    torch._foreach_mul_(self.optimizer.gradients(), coefficient)
+                self.checkpointer.fence()
+                self.optimizer.step(lr)
+                progress.updates += 1
+                if self.average is not None:
+                    self.average.update()
         self.optimizer.zero_grad()
-        self.step += 1
-        self.loss = loss
-        self.control.heartbeat("train", self.step)
-        self.report(loss, norm, lr, time.perf_counter() - began, data_s)
         if failures and world.rank == 0:
             self.checkpointer.abandon("another rank could not write its part: its log says why")
         self.part_failed = False
+        if verdict == "stop":
+            raise FloatingPointError(self.refusal(step, loss, norm))
+        if verdict == "rollback":
+            self.roll_back(step, loss, norm, ranges)
+            return bool(stops)
+        seconds = time.perf_counter() - began
+        progress.step, progress.samples = step, ranges[-1][1]
+        progress.loss = loss if verdict == "go" else progress.loss
+        progress.tokens += size * train.seq_len
+        progress.trained_s += seconds
+        self.control.heartbeat("train", step)
+        self.report(loss, norm, lr, size * train.seq_len, seconds, data_s, skipped=verdict == "skip")
         self.note(self.checkpointer.poll())
         return bool(stops)
 
-    def loss_sum(self, rows: Tensor) -> Tensor:
-        """Losses of every next token of rows (R, T + 1) of token ids, summed, as the model's head gives them."""
-        rows = rows.to(self.world.device, dtype=torch.int64)
-        return self.in_precision(rows[:, :-1], rows[:, 1:])
+    def refusal(self, step: int, loss: float, norm: float) -> str:
+        """Why the run ends at a step that was not made."""
+        train, guard = self.config.train, self.guard
+        what = f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated"
+        if guard.in_a_row > train.max_skips:
+            return f"{what}, and {guard.in_a_row} steps in a row were not good (train.max_skips={train.max_skips})"
+        return (
+            f"{what}. Lower train.lr (now {train.lr}), resume from an earlier checkpoint, or set "
+            "train.on_nonfinite=rollback"
+        )
 
-    def in_precision(self, *inputs: Tensor) -> Tensor:
-        """The model in its training precision: FSDP casts by itself, a plain model needs autocast."""
-        if self.world.grouped or self.dtype == torch.float32:
-            return self.model(*inputs)  # type: ignore[no-any-return]
-        with torch.autocast(self.world.device.type, dtype=self.dtype):
-            return self.model(*inputs)  # type: ignore[no-any-return]
+    def roll_back(self, step: int, loss: float, norm: float, ranges: list[tuple[int, int]]) -> None:
+        """Go back to the last commit, leave the sequences ``ranges`` out from now on, and commit that."""
+        self.note(self.checkpointer.wait())
+        chain = self.checkpointer.chain
+        path = self.world.bytes_from_first(chain[-1].path.encode() if chain else b"").decode()
+        if not path:
+            raise FloatingPointError(f"{self.refusal(step, loss, norm)}; there is no commit to roll back to")
+        self.saved, state = self.checkpointer.load_newest(Commit.parse(path))
+        evaluated = self.progress.evaluated, self.progress.evaluation_loss
+        self.progress = Progress.of(state)
+        self.progress.evaluated, self.progress.evaluation_loss = evaluated
+        self.optimizer.steps = self.progress.updates
+        self.guard.after_rollback(state["guard"])
+        self.guard.leave_out(ranges)
+        text = ", ".join(f"{first}-{last - 1}" for first, last in ranges)
+        self.metrics.write("phase", phase="rolled_back", step=step, to=self.progress.step, left_out=ranges)
+        if self.world.rank == 0:
+            print(
+                f"warning: step {step}: loss {loss}, gradient norm {norm}; back to step {self.progress.step}, "
+                f"without sequences {text}",
+                flush=True,
+            )
+        self.save(wait=True)  # so that no attempt walks into the same data again
 
-    def due(self, every: int) -> bool:
+    def due(self) -> bool:
         """Is the held-out loss wanted after this step, and not there yet?"""
-        last = self.step == self.config.train.max_steps
-        return self.step != self.evaluated and self.step > 0 and (last or (every > 0 and self.step % every == 0))
+        step, every = self.progress.step, self.config.eval.every_steps
+        return step > max(0, self.progress.evaluated) and (self.done() or (every > 0 and step % every == 0))
 
     def evaluate(self) -> bool:
-        """Held-out loss. A stop request cuts it short, to be done after resuming: returns whether there was one."""
-        config, world = self.config, self.world
-        total = torch.zeros(3, dtype=torch.float64, device=world.device)
-        for rows in held_out_batches(
-            self.text.held_out,
-            config.train.seq_len,
-            config.train.global_batch_size,
-            config.eval.batches,
-            world.rank,
-            world.size,
-        ):
-            self.control.heartbeat("evaluate")
-            with torch.no_grad():
-                loss = sum(float(self.loss_sum(micro)[1]) for micro in torch.split(rows, config.train.micro_batch_size))
-            mine = [loss, rows.shape[0] * config.train.seq_len, float(self.control.stop_requested())]
-            total += world.sum(torch.tensor(mine, dtype=torch.float64, device=world.device))
-            if total[2]:
-                return True
-        self.evaluated = self.step
-        if world.rank == 0 and total[1]:
-            value = self.evaluation_loss = float(total[0] / total[1])
+        """Held-out loss, of the moving average where there is one. A stop request cuts it short, to be done after
+        resuming: returns whether there was one."""
+        averaged = contextlib.nullcontext() if self.average is None else self.average.swapped()
+        if self.average is not None:
+            self.checkpointer.fence()
+        with averaged:
+            value = held_out_loss(self.config, self.passes, self.text, self.control)
+        if value is None:
+            return True
+        self.progress.evaluated = self.progress.step
+        if value:
+            self.progress.evaluation_loss = value
             self.exporter.evaluated(value)
-            self.metrics.write("eval", step=self.step, loss=value)
-            print(f"step {self.step:>7}  held-out loss {value:.4f}", flush=True)
+            self.metrics.write("eval", step=self.progress.step, loss=value)
+            if self.world.rank == 0:
+                print(f"step {self.progress.step:>7}  held-out loss {value:.4f}", flush=True)
         return False
 
-    def report(self, loss: float, norm: float, lr: float, seconds: float, data_s: float) -> None:
+    def report(
+        self, loss: float, norm: float, lr: float, tokens: int, seconds: float, data_s: float, skipped: bool
+    ) -> None:
         """The step's line in the metrics and in the log."""
-        config = self.config.train
-        tokens = config.global_batch_size * config.seq_len
+        step, every = self.progress.step, self.config.train.log_every
         mfu = self.throughput.mfu(tokens / seconds)
-        self.exporter.stepped(self.step, loss, norm, lr, tokens, seconds, data_s, mfu)
-        if self.control.first_step == self.step:
-            self.metrics.write("phase", phase="first_step", step=self.step)
-        if self.world.rank or (self.step % config.log_every and self.step != config.max_steps):
+        self.exporter.stepped(step, loss, norm, lr, tokens, seconds, data_s, mfu)
+        if self.control.first_step == step:
+            self.metrics.write("phase", phase="first_step", step=step)
+        if self.world.rank or (step % every and not self.done() and not skipped):
             return
         memory = gpu_memory(self.world.device)
         self.metrics.write(
             "step",
-            step=self.step,
+            step=step,
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            tokens=self.step * tokens,
+            tokens=self.progress.tokens,
             tokens_per_s=tokens / seconds,
             step_s=seconds,
             data_s=data_s,
             mfu=mfu,
             gpu_bytes=None if memory is None else memory["peak"],
+            **({"skipped": True} if skipped else {}),
         )
-        print(
-            f"step {self.step:>7}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s",
-            flush=True,
-        )
+        rate = f"step {step:>7}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s"
+        print(f"{rate}  update skipped" if skipped else rate, flush=True)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -238,14 +273,14 @@ class Trainer:
         self.control.heartbeat("save")
         began = time.perf_counter()
         files = self.metrics.hand_over() if self.world.rank == 0 else None
-        commit = self.checkpointer.save(self.step, self.record(), files)
+        commit = self.checkpointer.save(self.progress.step, self.record(), files)
         self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
         blocked, waited = self.checkpointer.blocked_s, self.checkpointer.waited_s
         self.stalled_s += time.perf_counter() - began
         self.exporter.stalled(self.stalled_s)
         stall = {"seconds": blocked, "waited_s": waited, "stall_s": self.stalled_s}
-        self.metrics.write("phase", phase="staged", step=self.step, **stall)
+        self.metrics.write("phase", phase="staged", step=self.progress.step, **stall)
         if wait:
             self.control.heartbeat("commit")
             began = time.perf_counter()
@@ -259,20 +294,16 @@ class Trainer:
     def snapshot(self) -> None:
         """Keep the state after this step in memory, to be committed if a rank dies."""
         files = self.metrics.pending() if self.world.rank == 0 else None
-        self.checkpointer.snapshot(self.step, self.record(), files)
+        self.checkpointer.snapshot(self.progress.step, self.record(), files)
         if (pid := self.checkpointer.saver.writer_pid) is not None:
             self.control.rescuer(pid, self.config.checkpoint.save_seconds)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         return {
-            "step": self.step,
-            "data_position": self.step,
-            "tokens": self.step * self.config.train.global_batch_size * self.config.train.seq_len,
-            "evaluated": self.evaluated,
-            "loss": self.loss,
-            "evaluation_loss": self.evaluation_loss,
-            "data": self.data_identity(),
+            **self.progress.state(),
+            "guard": self.guard.state(),
+            "data": data_identity(self.config, self.text.fingerprint),
             "config_sha256": config_digest(self.config),
         }
 
@@ -287,14 +318,8 @@ class Trainer:
             elif event.committed:
                 self.metrics.committed()
                 self.exporter.committed(event.seconds, event.bytes)
-                self.metrics.write(
-                    "phase",
-                    phase="saved",
-                    step=event.commit.step,
-                    seconds=event.seconds,
-                    bytes=event.bytes,
-                    stall_s=self.stalled_s,
-                )
+                step, took = event.commit.step, {"seconds": event.seconds, "bytes": event.bytes}
+                self.metrics.write("phase", phase="saved", step=step, **took, stall_s=self.stalled_s)
                 if event.seconds > self.config.checkpoint.save_seconds * 0.8:
                     print(
                         f"warning: saving took {event.seconds:.1f} s; a stop request leaves checkpoint.save_seconds="
@@ -307,77 +332,48 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a commit's state. Raises ConfigError when its data position means nothing in this stream."""
         if "imported" in state and "data" not in state:  # of another program: it has no position in this text
-            self.step = state["step"]
-            steps = state["imported"]["values"].get("optimizer.step")
-            self.optimizer.steps = steps if isinstance(steps, int) else self.step
+            step = state["step"]
+            updates = state["imported"]["values"].get("optimizer.step")
+            self.progress.step, self.progress.updates = step, updates if isinstance(updates, int) else step
+            self.optimizer.steps = self.progress.updates
+            self.progress.samples = step * self.config.train.global_batch_size
             if self.world.rank == 0:
-                print(f"note: an imported checkpoint: the data goes on at batch {self.step} of this text", flush=True)
+                print(f"note: an imported checkpoint: the data goes on at batch {step} of this text", flush=True)
             return
-        mine, theirs = self.data_identity(), state["data"]
-        if changed := [key for key in mine if mine[key] != theirs.get(key)]:
-            changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine[key]}" for key in changed)
-            raise ConfigError(
-                f"the checkpoint's data position belongs to other batches ({changes}): "
-                "restore the values or start a new run"
-            )
+        check_identity(data_identity(self.config, self.text.fingerprint), state["data"])
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
-        self.step, self.loss = state["step"], state["loss"]
-        self.evaluated, self.evaluation_loss = state["evaluated"], state["evaluation_loss"]
-        self.optimizer.steps = self.step
-
-    def data_identity(self) -> dict[str, Any]:
-        """Everything that decides which tokens a global batch holds."""
-        train = self.config.train
-        return {
-            "text": self.text.fingerprint,
-            "train.seq_len": train.seq_len,
-            "train.global_batch_size": train.global_batch_size,
-            "train.seed": train.seed,
-            "data.tokenizer": self.config.data.tokenizer,
-            "data.validation_fraction": self.config.data.validation_fraction,
-        }
+        self.progress = Progress.of(state)
+        self.guard.restore(state["guard"])
+        self.optimizer.steps = self.progress.updates
 
     def leave(self) -> int:
         """A stop was requested: save unless this very state is saved already, say so, and stop."""
-        if self.saved is None or self.saved.step != self.step:
+        if self.saved is None or self.saved.step != self.progress.step:
             self.save(wait=True)
         else:
             self.note(self.checkpointer.wait())
         assert self.saved is not None
         commit = self.saved
-        self.metrics.write("phase", phase="stopped", step=self.step)
+        self.metrics.write("phase", phase="stopped", step=self.progress.step)
         self.metrics.close()
         self.checkpointer.close()
         self.control.heartbeat("stopped")
-        self.control.stopped(self.step, commit.path)
+        self.control.stopped(self.progress.step, commit.path)
         return EXIT_STOPPED
 
-    def print_samples(self) -> None:
-        """Let the finished model write a few lines: in the log and in ``samples.txt``."""
-        config = self.config.eval
-        if not config.sample_prompts or not config.sample_tokens:
-            return
+    def finish(self) -> int:
+        """All steps are made and saved: write a few lines with the model, into the log and ``samples.txt``."""
         self.control.heartbeat("sample")
-        texts = generate(
-            self.in_precision,
-            load_tokenizer(self.config.data.tokenizer),
-            config.sample_prompts,
-            config.sample_tokens,
-            config.temperature,
-            self.config.model.max_seq_len,
-            torch.Generator().manual_seed(self.config.train.seed),
-            self.world.device,
-        )
-        if self.world.rank == 0:
-            page = "\n\n".join(texts) + "\n"
+        page = samples(self.config, self.passes)
+        if page is not None and self.world.rank == 0:
             print(page, flush=True)
             self.storage.replace("samples.txt", page.encode())
-
-
-def config_digest(config: TrainingConfig) -> str:
-    """SHA-256 of every value of the config."""
-    return hashlib.sha256(msgspec.json.encode(config, order="sorted")).hexdigest()
+        self.metrics.write("phase", phase="finished", step=self.progress.step)
+        self.metrics.close()
+        self.checkpointer.close()
+        self.control.heartbeat("finished")
+        return 0
 
 
 def prepare(config: TrainingConfig) -> None:

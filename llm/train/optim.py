@@ -1,4 +1,4 @@
-"""AdamW and its learning rate.
+"""AdamW.
 
 torch.optim is not used: building any of its optimizers imports torch's compiler, a second or more of every start and
 restart, and its update sends each sharded tensor through DTensor's dispatch. This one calls the same fused kernel as
@@ -7,8 +7,7 @@ torch.optim.AdamW(fused=True), once for all of a rank's rows.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,16 @@ from llm.utils.config import TrainConfig
 from llm.utils.sharding import like, local
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of update ``step`` (1 = the first): warm-up to ``lr``, then a cosine to ``lr x min_lr_ratio``."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    floor = config.lr * config.min_lr_ratio
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 class AdamW:
     """Decoupled weight decay on matrices, none on norm weights. Works on each rank's rows alone: no communication.
 
     ``exp_avg`` and ``exp_avg_sq`` hold this rank's rows for each parameter's name. Build it after the model is sharded.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
         self.config = config
         self.steps = 0  # updates so far
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(parameters)
         with torch.no_grad():
             self.exp_avg = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
             self.exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}

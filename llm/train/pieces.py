@@ -79,7 +79,7 @@ def _planned(name: str, tensor: Tensor) -> list[LocalPiece]:
     whole: Any = tensor
     placement = ",".join(_mark(each) for each in whole.placements)
     spread = math.prod(
-        size for size, each in zip(whole.device_mesh.shape, whole.placements, strict=True) if each.is_shard()
+        size for size, each in zip(whole.device_mesh.shape, whole.placements, strict=True) if not each.is_replicate()
     )
     boxes = []
     for item in planner.create_local_plan().items:

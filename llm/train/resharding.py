@@ -21,8 +21,8 @@ from llm.checkpoint.format import CheckpointError, Commit, DamagedError, Manifes
 from llm.checkpoint.lineage import read_part
 from llm.checkpoint.plan import Copy, Read, Round, Want, alone, check, incoming, outgoing, plan
 from llm.checkpoint.reader import is_remote, read_span
-from llm.train.dist import World
 from llm.train.pieces import NAMES, LocalPiece
+from llm.train.world import World
 from llm.utils.storage import Storage
 from llm.utils.structs import ready
 

@@ -57,4 +57,4 @@ def copies(tensor: Tensor) -> int:
     if mesh is None:
         return 1
     spread: Any = tensor
-    return math.prod(size for size, each in zip(mesh.shape, spread.placements, strict=True) if not each.is_shard())
+    return math.prod(size for size, each in zip(mesh.shape, spread.placements, strict=True) if each.is_replicate())

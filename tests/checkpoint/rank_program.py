@@ -32,10 +32,10 @@ from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import folders, is_committed, newest_commit, read_manifest
 from llm.checkpoint.retention import Retention
 from llm.train.checkpoint import Checkpointer
-from llm.train.dist import World, connect
 from llm.train.logging import Metrics
 from llm.train.pieces import local_pieces
 from llm.train.resharding import load
+from llm.train.world import World, connect
 from llm.utils.config import DistConfig
 from llm.utils.sharding import chunk
 from llm.utils.storage import open_storage

@@ -14,8 +14,8 @@ from llm.checkpoint.lineage import commits
 from llm.checkpoint.retention import Retention
 from llm.train import saver
 from llm.train.checkpoint import Checkpointer, Event
-from llm.train.dist import World
 from llm.train.logging import Metrics
+from llm.train.world import World
 from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import open_storage
 from tests.checkpoint.ranks import DEADLINE_S, Nursery, alive, fill, states, until

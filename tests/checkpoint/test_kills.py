@@ -21,7 +21,7 @@ from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import newest_commit
 from llm.checkpoint.retention import Retention
 from llm.train.checkpoint import Checkpointer
-from llm.train.dist import World
+from llm.train.world import World
 from llm.utils.storage import open_storage
 from tests.checkpoint.proxy import Faults, Proxy, proxy
 from tests.checkpoint.ranks import DEADLINE_S, Nursery, Ranks, alive, kill, until

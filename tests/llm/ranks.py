@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm.train.dist import World
+from llm.train.world import World
 
 RANKS = 8
 DEADLINE_S = 120.0

@@ -20,8 +20,8 @@ from llm.checkpoint.lineage import commits, newest_commit, read_manifest, read_p
 from llm.checkpoint.requests import ask
 from llm.checkpoint.retention import Retention
 from llm.train.checkpoint import Checkpointer
-from llm.train.dist import World
 from llm.train.pieces import DTYPES, local_pieces
+from llm.train.world import World
 from llm.utils.storage import open_storage
 
 

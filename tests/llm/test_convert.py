@@ -33,8 +33,8 @@ from llm.tools import commit_writer, destination, export
 from llm.tools.convert import main
 from llm.tools.hf_names import to_halves
 from llm.train.checkpoint import Checkpointer
-from llm.train.dist import World
 from llm.train.pieces import DTYPES
+from llm.train.world import World
 from llm.utils.config import TrainingConfig, load
 from llm.utils.storage import Storage, open_storage
 from tests.conftest import RunMaker, free_ports

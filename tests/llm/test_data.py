@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm.data.permutation import permute
 from llm.data.source import load_text
-from llm.data.streaming import Windows, batches, held_out_batches
+from llm.data.streaming import Ranges, Windows, batches, held_out_batches
 from llm.data.tokenizer import ByteTokenizer
 from llm.utils.config import ConfigError
 
@@ -19,7 +19,11 @@ TEXT = memoryview(bytes(range(256)) * 5)  # 127 windows of 10
 
 
 def global_batch(batch: int, ranks: int, seed: int = 0) -> torch.Tensor:
-    return torch.cat([Windows(TEXT, 10, 8, seed, rank, ranks)[batch] for rank in range(ranks)])
+    return torch.cat([Windows(TEXT, 10, seed, rank, ranks)[rows_of(batch)] for rank in range(ranks)])
+
+
+def rows_of(batch: int) -> Ranges:
+    return ((8 * batch, 8 * batch + 8),)
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,19 +45,25 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks() -> None:
 
 
 def test_every_window_comes_once_an_epoch_in_another_order() -> None:
-    windows = Windows(TEXT, 10, 8, seed=0)
+    windows = Windows(TEXT, 10, seed=0)
     assert windows.count == 127
-    rows = [windows.window(row, batch) for batch in range(3 * 127) for row in range(8)]
+    rows = [windows.window(sequence) for sequence in range(3 * 127)]
     epochs = [rows[start : start + 127] for start in range(0, len(rows), 127)]
     assert all(sorted(epoch) == list(range(127)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
 def test_windows_hold_the_text_and_the_next_byte() -> None:
-    windows = Windows(TEXT, 10, 8, seed=0)
-    for row, values in enumerate(windows[5].tolist()):
-        start = windows.window(row, 5) * 10
+    windows = Windows(TEXT, 10, seed=0)
+    for row, values in enumerate(windows[rows_of(5)].tolist()):
+        start = windows.window(40 + row) * 10
         assert bytes(values) == bytes(TEXT[start : start + 11])
+
+
+def test_a_batch_goes_around_what_is_left_out() -> None:
+    whole = Windows(TEXT, 10, seed=0)
+    rows = torch.cat([Windows(TEXT, 10, 0, rank, 2)[((3, 5), (9, 11))] for rank in range(2)])
+    assert torch.equal(rows, torch.cat((whole[((3, 5),)], whole[((9, 11),)])))
 
 
 def test_seeds_differ() -> None:
@@ -62,10 +72,10 @@ def test_seeds_differ() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_processes_keep_the_order_from_any_position(workers: int) -> None:
-    windows = Windows(TEXT, 10, 8, seed=0, rank=1, world_size=2)
-    found = list(batches(windows, 20, 31, workers))
+    windows = Windows(TEXT, 10, seed=0, rank=1, world_size=2)
+    found = list(batches(windows, map(rows_of, range(20, 31)), workers))
     assert len(found) == 11
-    assert all(torch.equal(rows, windows[20 + index]) for index, rows in enumerate(found))
+    assert all(torch.equal(rows, windows[rows_of(20 + index)]) for index, rows in enumerate(found))
 
 
 def test_held_out_batches_are_in_order_and_equal_on_all_ranks() -> None:
@@ -98,7 +108,7 @@ def test_a_missing_text_is_a_config_error(source: str) -> None:
 
 def test_too_short_a_text_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"train\.seq_len=10"):
-        Windows(TEXT[:10], 10, 8, 0)
+        Windows(TEXT[:10], 10, 0)
 
 
 def test_bytes_round_trip() -> None:

@@ -16,9 +16,9 @@ import torch
 from llm.checkpoint.boxes import Box
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import read_manifest, read_part
-from llm.train.dist import World
 from llm.train.pieces import DTYPES, NAMES, LocalPiece, local_pieces
 from llm.train.resharding import _Target, load
+from llm.train.world import World
 from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage, open_storage
 from tests.checkpoint.maker import make_commit

@@ -1,0 +1,111 @@
+"""Every layout trains as one process does: the same losses, gradient norms and weights after several steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from llm.model.init import init_weights
+from llm.train.dist import lay_out
+from llm.train.optim import AdamW, clip_coefficient
+from llm.train.step import Passes
+from llm.train.world import World
+from llm.utils.config import TrainingConfig, check
+from tests.llm.ranks import Ranks
+
+STEPS = 4
+ROWS, HELD_OUT, POSITIONS = 8, 12, 32
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+def config(**changes: Any) -> TrainingConfig:
+    """``changes`` are of the form section__key=value."""
+    tree: dict[str, Any] = {
+        "model": {
+            "name": "test", "vocab_size": 264, "dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64,
+            "max_seq_len": POSITIONS,
+        },
+        "train": {"max_steps": 100, "seq_len": POSITIONS, "global_batch_size": ROWS, "micro_batch_size": 1, "lr": 0.01},
+        "dist": {"timeout_s": 60},
+        "data": {"source": "embedded:shakespeare"},
+        "eval": {},
+        "checkpoint": {"every_steps": 0},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return msgspec.convert(tree, TrainingConfig)
+
+
+def train(world: World, given: TrainingConfig) -> tuple[list[tuple[float, float]], float]:
+    """(loss, gradient norm) of each step, and the loss of an evaluation after them; on every rank."""
+    check(given, world.size)
+    layout = lay_out(given.dist, world)
+    passes = Passes(given, layout)
+    for part in passes.parts:
+        init_weights(part, 0, given.model)
+    optimizer = AdamW(passes.named_parameters(), given.train)
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randint(0, given.model.vocab_size, (STEPS, ROWS, POSITIONS + 1), generator=generator)
+    held_out = torch.randint(0, given.model.vocab_size, (HELD_OUT, POSITIONS + 1), generator=generator)
+    history = []
+    for rows in batches:
+        sums = passes.train(rows.chunk(layout.dp)[layout.dp_rank], ROWS * POSITIONS)
+        with torch.no_grad():
+            total = world.sum(torch.cat((sums.double(), passes.norm_squares().view(1))))
+            norm = float(total[2]) ** 0.5
+            torch._foreach_mul_(optimizer.gradients(), clip_coefficient(norm, 1.0))
+            optimizer.step(0.01)
+        optimizer.zero_grad()
+        history.append((float(total[1]) / (ROWS * POSITIONS), norm))
+    evaluated = world.sum(passes.evaluate(held_out.chunk(layout.dp)[layout.dp_rank]).double())
+    return history, float(evaluated[1]) / (HELD_OUT * POSITIONS)
+
+
+@functools.cache
+def alone(**changes: Any) -> tuple[list[tuple[float, float]], float]:
+    torch.set_num_threads(1)
+    return train(World(0, 1, 0, torch.device("cpu"), False), config(**changes))
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp": (4, {}),
+    "kept whole": (2, {"dist__reshard_after_forward": False}),
+    "hsdp": (4, {"dist__dp_replicate": 2}),
+    "tp": (2, {"dist__tp": 2}),
+    "fsdp_tp": (4, {"dist__tp": 2}),
+    "cp": (2, {"dist__cp": 2}),
+    "fsdp_cp": (4, {"dist__cp": 2}),
+    "tp_cp": (4, {"dist__cp": 2, "dist__tp": 2}),
+    "pp": (2, {"dist__pp": 2}),
+    "pp, not enough rows to evaluate": (2, {"dist__pp": 2, "train__micro_batch_size": 4}),
+    "pp 4": (4, {"dist__pp": 4}),
+    "interleaved": (2, {"dist__pp": 2, "dist__pp_schedule": "interleaved", "dist__pp_stages_per_rank": 2}),
+    "fsdp_pp": (4, {"dist__pp": 2}),
+    "fsdp_tp_pp": (8, {"dist__pp": 2, "dist__tp": 2}),
+    "hsdp_tp": (8, {"dist__dp_replicate": 2, "dist__tp": 2}),
+    "tp_pp_cp": (8, {"dist__pp": 2, "dist__tp": 2, "dist__cp": 2}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_trains_as_one_process(ranks: Ranks, name: str, tied: bool) -> None:
+    size, changes = LAYOUTS[name]
+    expected, evaluated = alone(model__tie_embeddings=tied)
+    for history, value in ranks(size, train, config(model__tie_embeddings=tied, **changes)):
+        # Sums are taken in another order; what Adam makes of gradients near zero magnifies that.
+        assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert [norm for _, norm in history] == pytest.approx([norm for _, norm in expected], rel=2e-4)
+        assert value == pytest.approx(evaluated, rel=1e-5)
