@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import msgspec
 import torch.distributed as dist
 
 from llm.checkpoint.format import CheckpointError, Commit
@@ -17,6 +18,7 @@ from llm.train.logging import Metrics
 from llm.train.loop import Trainer, prepare
 from llm.train.resharding import together
 from llm.train.schedule import retention
+from llm.train.sinks import Sinks
 from llm.train.throughput import gpu_memory
 from llm.train.world import World, connect
 from llm.utils.config import TrainingConfig
@@ -46,10 +48,14 @@ def run_attempt(
         checkpointer = Checkpointer(
             storage, world, attempt, generation, keep, saving.save_seconds, code, snapshots=saving.snapshot_steps > 0
         )
+        sinks = Sinks()
         layout = lay_out(config.dist, world)
-        trainer = Trainer(config, layout, storage, control, metrics, checkpointer, exporter)
+        trainer = Trainer(config, layout, storage, control, metrics, checkpointer, exporter, sinks)
         checkpointer.check_store()  # before the first line of metrics: it says best what is wrong
         together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
+        if rank == 0:
+            run_id = os.environ.get("LLMOPS_RUN_ID") or storage.url.rstrip("/").rpartition("/")[2]
+            sinks.open(config.logging, storage, attempt, run_id, msgspec.to_builtins(config))
         trainer.start(resume)
         metrics.write("phase", phase="loaded", step=trainer.progress.step)
         return trainer.run()

@@ -25,12 +25,16 @@ from llm.train.exporter import Exporter
 from llm.train.guard import Guard, take
 from llm.train.logging import Metrics
 from llm.train.optim import AdamW, clip_coefficient
+from llm.train.phases import Phases
 from llm.train.progress import Progress, check_identity, config_digest, data_identity
 from llm.train.rates import global_batch, last_step, learning_rate
 from llm.train.schedule import SaveSchedule
+from llm.train.sinks import Sinks
 from llm.train.step import Passes
 from llm.train.throughput import Throughput, gpu_memory
+from llm.train.tracing import Trace
 from llm.utils.config import TrainingConfig
+from llm.utils.profiling import Profiler
 from llm.utils.storage import Storage
 
 
@@ -46,13 +50,18 @@ class Trainer:
         metrics: Metrics,
         checkpointer: Checkpointer,
         exporter: Exporter,
+        sinks: Sinks,
     ) -> None:
         self.config, self.layout, self.world, self.storage = config, layout, layout.world, storage
         self.control, self.metrics, self.checkpointer, self.exporter = control, metrics, checkpointer, exporter
-        train = config.train
+        self.sinks = sinks
+        train, rank, device = config.train, self.world.rank, self.world.device
+        trace = Trace(storage, checkpointer.attempt, rank) if config.logging.trace else None
+        self.phases = Phases(device, trace, config.profile.nvtx)
+        self.profiler = Profiler(config.profile, rank, device, storage, checkpointer.attempt)
         self.text = load_text(config.data.source, config.data.validation_fraction)
         self.windows = Windows(self.text.train, train.seq_len, train.seed, layout.dp_rank, layout.dp)
-        self.throughput = Throughput(config.model, train, self.world.size, self.world.device)
+        self.throughput = Throughput(config.model, train, self.world.size, device)
         self.passes = Passes(config, layout)
         parameters = self.passes.named_parameters()
         self.optimizer = AdamW(parameters, train)
@@ -61,7 +70,7 @@ class Trainer:
         self.last_step = last_step(train)
         self.progress = Progress()
         self.over = False  # rank 0 has said so: there is no time left for another step
-        self.schedule = SaveSchedule(config.checkpoint, storage, self.world.rank)
+        self.schedule = SaveSchedule(config.checkpoint, storage, rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
         self.stalled_s = 0.0  # in which saves held this attempt up so far
         self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
@@ -95,7 +104,8 @@ class Trainer:
         data = self.data()
         while not self.done() and not stop:
             before = self.progress.step
-            stop = self.train_step(data)
+            with self.profiler.step(before + 1), self.profiler.memory():
+                stop = self.train_step(data)
             if self.progress.step < before:  # rolled back
                 data = self.data()
                 continue
@@ -127,15 +137,15 @@ class Trainer:
     def train_step(self, data: Iterator[Tensor]) -> bool:
         """One step on this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
         began = time.perf_counter()
-        rows = next(data)
-        data_s = time.perf_counter() - began
+        with self.phases("data"):
+            rows = next(data)
         train, world, progress = self.config.train, self.world, self.progress
         step = progress.step + 1
         size = global_batch(step, train)
         ranges = take(progress.samples, size, self.guard.left_out)
-        sums = self.passes.train(rows, size * train.seq_len)
+        sums = self.passes.train(rows, size * train.seq_len, self.phases)
 
-        with torch.no_grad():
+        with self.phases("optimizer"), torch.no_grad():
             # The step's one small reduction: the loss, the norm for clipping, and what the others must know.
             hours_left = train.max_hours is None or progress.trained_s < train.max_hours * 3600
             flags = [
@@ -159,7 +169,7 @@ class Trainer:
                 progress.updates += 1
                 if self.average is not None:
                     self.average.update()
-        self.optimizer.zero_grad()
+            self.optimizer.zero_grad()
         if failures and world.rank == 0:
             self.checkpointer.abandon("another rank could not write its part: its log says why")
         self.part_failed = False
@@ -174,7 +184,7 @@ class Trainer:
         progress.tokens += size * train.seq_len
         progress.trained_s += seconds
         self.control.heartbeat("train", step)
-        self.report(loss, norm, lr, size * train.seq_len, seconds, data_s, skipped=verdict == "skip")
+        self.report(loss, norm, lr, size * train.seq_len, seconds, skipped=verdict == "skip")
         self.note(self.checkpointer.poll())
         return bool(stops)
 
@@ -224,7 +234,7 @@ class Trainer:
         averaged = contextlib.nullcontext() if self.average is None else self.average.swapped()
         if self.average is not None:
             self.checkpointer.fence()
-        with averaged:
+        with averaged, self.phases("evaluate"):
             value = held_out_loss(self.config, self.passes, self.text, self.control)
         if value is None:
             return True
@@ -233,36 +243,35 @@ class Trainer:
             self.progress.evaluation_loss = value
             self.exporter.evaluated(value)
             self.metrics.write("eval", step=self.progress.step, loss=value)
+            self.sinks.write("eval", self.progress.step, loss=value)
             if self.world.rank == 0:
                 print(f"step {self.progress.step:>7}  held-out loss {value:.4f}", flush=True)
         return False
 
-    def report(
-        self, loss: float, norm: float, lr: float, tokens: int, seconds: float, data_s: float, skipped: bool
-    ) -> None:
-        """The step's line in the metrics and in the log."""
+    def report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float, skipped: bool) -> None:
+        """The step's line in the metrics and in the log. What it says of a save is of the one before the step."""
         step, every = self.progress.step, self.config.train.log_every
         mfu = self.throughput.mfu(tokens / seconds)
-        self.exporter.stepped(step, loss, norm, lr, tokens, seconds, data_s, mfu)
+        parts = self.phases.take(step)
+        self.exporter.stepped(step, loss, norm, lr, tokens, seconds, parts.get("data_s", 0.0), mfu)
         if self.control.first_step == step:
             self.metrics.write("phase", phase="first_step", step=step)
         if self.world.rank or (step % every and not self.done() and not skipped):
             return
         memory = gpu_memory(self.world.device)
-        self.metrics.write(
-            "step",
-            step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            tokens=self.progress.tokens,
-            tokens_per_s=tokens / seconds,
-            step_s=seconds,
-            data_s=data_s,
-            mfu=mfu,
-            gpu_bytes=None if memory is None else memory["peak"],
-            **({"skipped": True} if skipped else {}),
-        )
+        numbers = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_s": tokens / seconds,
+            "step_s": seconds,
+            "mfu": mfu,
+            "gpu_bytes": None if memory is None else memory["peak"],
+            **parts,
+        }
+        self.metrics.write("step", step=step, **numbers, **({"skipped": True} if skipped else {}))
+        self.sinks.write("step", step, **numbers)
         rate = f"step {step:>7}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s"
         print(f"{rate}  update skipped" if skipped else rate, flush=True)
 
@@ -272,8 +281,9 @@ class Trainer:
         """Begin to commit the state after this step, and with it the metrics up to here; ``wait`` until it counts."""
         self.control.heartbeat("save")
         began = time.perf_counter()
-        files = self.metrics.hand_over() if self.world.rank == 0 else None
-        commit = self.checkpointer.save(self.progress.step, self.record(), files)
+        with self.phases("stall"):
+            files = self.metrics.hand_over() if self.world.rank == 0 else None
+            commit = self.checkpointer.save(self.progress.step, self.record(), files)
         self.save_wanted = False
         self.schedule.saved(self.checkpointer.blocked_s)
         blocked, waited = self.checkpointer.blocked_s, self.checkpointer.waited_s
@@ -284,7 +294,8 @@ class Trainer:
         if wait:
             self.control.heartbeat("commit")
             began = time.perf_counter()
-            events = self.checkpointer.wait()
+            with self.phases("stall"):
+                events = self.checkpointer.wait()
             self.stalled_s += time.perf_counter() - began
             self.exporter.stalled(self.stalled_s)
             self.note(events)
@@ -356,8 +367,7 @@ class Trainer:
         assert self.saved is not None
         commit = self.saved
         self.metrics.write("phase", phase="stopped", step=self.progress.step)
-        self.metrics.close()
-        self.checkpointer.close()
+        self.close()
         self.control.heartbeat("stopped")
         self.control.stopped(self.progress.step, commit.path)
         return EXIT_STOPPED
@@ -370,10 +380,16 @@ class Trainer:
             print(page, flush=True)
             self.storage.replace("samples.txt", page.encode())
         self.metrics.write("phase", phase="finished", step=self.progress.step)
-        self.metrics.close()
-        self.checkpointer.close()
+        self.close()
         self.control.heartbeat("finished")
         return 0
+
+    def close(self) -> None:
+        """Write everything out."""
+        self.metrics.close()
+        self.sinks.close()
+        self.phases.close()
+        self.checkpointer.close()
 
 
 def prepare(config: TrainingConfig) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm.model.transformer import Transformer
 from llm.train.dist import Layout, parallelize
+from llm.train.phases import Phases
 from llm.utils.config import TrainingConfig
 from llm.utils.sharding import copies, local
 
@@ -83,7 +84,7 @@ class Passes:
 
     # --- passes ----------------------------------------------------------------------------------------------------
 
-    def train(self, rows: Tensor, global_tokens: int) -> Tensor:
+    def train(self, rows: Tensor, global_tokens: int, phases: Phases) -> Tensor:
         """Gradients of the mean loss over ``global_tokens`` positions, accumulated over the micro-batches of ``rows``.
 
         ``rows`` (R, T + 1) are this rank's of the global batch. Returns sums over its positions, float32 (2): what is
@@ -94,14 +95,17 @@ class Passes:
         scale = self.layout.gathered / global_tokens
         if self.pipeline is not None:
             self.pipeline.scale = scale
-            sums = self.pipeline.run(*self._split(rows), backward=True)
-            if self.tied is not None:
-                self.tied.reduce()
+            with phases("pipeline"):  # forward and backward alternate
+                sums = self.pipeline.run(*self._split(rows), backward=True)
+                if self.tied is not None:
+                    self.tied.reduce()
         else:
             sums = torch.zeros(2, device=self.device)
             for micro in torch.split(rows, self.config.train.micro_batch_size):
-                losses = self._losses(micro)
-                (losses[0] * scale).backward()  # type: ignore[no-untyped-call]
+                with phases("forward"):
+                    losses = self._losses(micro)
+                with phases("backward"):
+                    (losses[0] * scale).backward()  # type: ignore[no-untyped-call]
                 sums += losses.detach()
         return sums if self.layout.speaks else torch.zeros_like(sums)
 

@@ -78,7 +78,7 @@ class Rank:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(order["port"]),
         )
-        self.world = connect(DistConfig(mode="fsdp", backend="gloo", timeout_s=120), rank, order["ranks"], rank)
+        self.world = connect(DistConfig(backend="gloo", timeout_s=120), rank, order["ranks"], rank)
         storage = open_storage(order["url"])
         attempt = order["attempt"]
         self.metrics = Metrics(active=rank == 0)

@@ -37,7 +37,7 @@ def complaint(nursery: Nursery, folder: Path, url: str, environment: dict[str, s
 
 def test_wrong_secret_as_people_see_it(tmp_path: Path, s3_url: str) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny(dist__mode="single")))
+    config.write_text(yaml.safe_dump(tiny(dist__dp_shard=1)))
     done = subprocess.run(
         [sys.executable, "-m", "llm.train", "--config", str(config), "--run-url", s3_url],
         env={**os.environ, "AWS_SECRET_ACCESS_KEY": "wrong"},

@@ -358,7 +358,7 @@ def write_config(folder: Path, **changes: Any) -> TrainingConfig:
 def model_of(config: TrainingConfig) -> Transformer:
     torch.set_num_threads(1)
     model = Transformer(config.model)
-    init_weights(model, 3, config.model.n_layers)
+    init_weights(model, 3, config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):  # not all ones, so that none can be taken for another
@@ -519,7 +519,7 @@ def test_torchtitans_rows_need_the_heads(tmp_path: Path, capsys: pytest.CaptureF
     assert "give --heads" in refused(capsys, *words)
     assert "7 query heads do not fit" in refused(capsys, *words, "--heads", "7")
     assert main([*words, "--heads", "4"]) == 0
-    weight = model.blocks[0].attention.wq.weight  # type: ignore[union-attr]
+    weight = model.blocks["0"].attention.wq.weight  # type: ignore[union-attr]
     assert torch.equal(tensors_of(str(tmp_path / "other"))["model.blocks.0.attention.wq.weight"], weight)
     assert torch.equal(to_halves(neighbours(weight.detach(), 4), 4), weight)
     assert main([*words[:2], str(tmp_path / "kept"), "--map", "none"]) == 0

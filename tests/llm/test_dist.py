@@ -13,6 +13,7 @@ import torch
 from llm.model.init import init_weights
 from llm.train.dist import lay_out
 from llm.train.optim import AdamW, clip_coefficient
+from llm.train.phases import Phases
 from llm.train.step import Passes
 from llm.train.world import World
 from llm.utils.config import TrainingConfig, check
@@ -59,9 +60,9 @@ def train(world: World, given: TrainingConfig) -> tuple[list[tuple[float, float]
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, given.model.vocab_size, (STEPS, ROWS, POSITIONS + 1), generator=generator)
     held_out = torch.randint(0, given.model.vocab_size, (HELD_OUT, POSITIONS + 1), generator=generator)
-    history = []
+    history, phases = [], Phases(world.device)
     for rows in batches:
-        sums = passes.train(rows.chunk(layout.dp)[layout.dp_rank], ROWS * POSITIONS)
+        sums = passes.train(rows.chunk(layout.dp)[layout.dp_rank], ROWS * POSITIONS, phases)
         with torch.no_grad():
             total = world.sum(torch.cat((sums.double(), passes.norm_squares().view(1))))
             norm = float(total[2]) ** 0.5

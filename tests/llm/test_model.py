@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from llm.model.init import init_weights, initial_value
-from llm.model.layers import rotary_table, rotate
 from llm.model.transformer import Transformer, parameter_count
 from llm.utils.config import ModelConfig
 
@@ -28,7 +27,7 @@ def shape(**changes: object) -> ModelConfig:
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
     torch.set_num_threads(1)
     model = Transformer(config)
-    init_weights(model, seed, config.n_layers)
+    init_weights(model, seed, config)
     return model
 
 
@@ -61,17 +60,6 @@ def test_no_position_sees_a_later_one() -> None:
     assert not torch.equal(model(tokens)[:, 9], model(changed)[:, 9])
 
 
-def test_rotary_scores_depend_on_distance_alone() -> None:
-    cos, sin = rotary_table(shape(), 12, torch.device("cpu"))
-    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    spread = torch.ones(1, 1, 12, 1)
-    scores = (rotate(q * spread, cos, sin) @ rotate(k * spread, cos, sin).transpose(-1, -2))[0, 0]
-    for distance in range(12):
-        diagonal = scores.diagonal(-distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
-    assert scores[0, 0] != scores[1, 0]
-
-
 def test_grouped_heads_equal_repeated_heads() -> None:
     grouped, full = build(shape(n_kv_heads=2)), build(shape(n_kv_heads=4))
     full.load_state_dict(
@@ -91,7 +79,7 @@ def test_initial_weights_follow_the_seed_and_the_depth() -> None:
     for name, value in first.named_parameters():
         assert torch.equal(value, again.get_parameter(name))
         assert value.dim() < 2 or not torch.equal(value, other.get_parameter(name))
-    inner = initial_value("blocks.0.attention.wq.weight", (256, 256), 0, 8)
-    residual = initial_value("blocks.0.attention.wo.weight", (256, 256), 0, 8)
+    inner = initial_value("blocks.0.attention.wq.weight", (256, 256), 0, shape(n_layers=8))
+    residual = initial_value("blocks.0.attention.wo.weight", (256, 256), 0, shape(n_layers=8))
     assert inner.std().item() == pytest.approx(1 / 16, rel=0.02)
     assert residual.std().item() == pytest.approx(1 / 16 / 4, rel=0.02)

@@ -46,7 +46,7 @@ def test_plain_runs_resume_by_themselves_and_start_without_the_compiler(tmp_path
     code += "print({name: name in sys.modules for name in ('torch', 'torch._dynamo', 'sympy', 'fsspec')})"
     run = tmp_path / "run"
     config = tiny(
-        dist__mode="single", train__max_steps=4, eval__every_steps=0, train__dtype="bfloat16", train__warmup_steps=0
+        dist__dp_shard=1, train__max_steps=4, eval__every_steps=0, train__dtype="bfloat16", train__warmup_steps=0
     )
     arguments = ["--config", write(tmp_path / "c.yaml", config), "--run-url", str(run)]
     first = alone(arguments, code)
@@ -69,7 +69,7 @@ def test_plain_runs_resume_by_themselves_and_start_without_the_compiler(tmp_path
 
 
 def test_a_lone_rank_takes_sigterm_as_a_stop_request(tmp_path: Path) -> None:
-    config = write(tmp_path / "c.yaml", tiny(dist__mode="single", train__max_steps=10000))
+    config = write(tmp_path / "c.yaml", tiny(dist__dp_shard=1, train__max_steps=10000))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMOPS_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "llm.train", "--config", config, "--run-url", str(tmp_path / "run")],
@@ -87,7 +87,7 @@ def test_a_lone_rank_takes_sigterm_as_a_stop_request(tmp_path: Path) -> None:
 
 
 def test_signals_during_the_imports_are_survived(tmp_path: Path) -> None:
-    attempt = start(tmp_path / "run", tiny(dist__mode="single", train__max_steps=5), ranks=1)
+    attempt = start(tmp_path / "run", tiny(dist__dp_shard=1, train__max_steps=5), ranks=1)
     attempt.wait_until(lambda: attempt.heartbeat().get("phase") == "import")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         attempt.signal_everything(number)
@@ -95,7 +95,7 @@ def test_signals_during_the_imports_are_survived(tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_fails_before_the_update(tmp_path: Path) -> None:
-    config = tiny(dist__mode="single", train__lr=1e30, train__grad_clip=0.0, train__warmup_steps=0, train__max_steps=9)
+    config = tiny(dist__dp_shard=1, train__lr=1e30, train__grad_clip=0.0, train__warmup_steps=0, train__max_steps=9)
     attempt = start(tmp_path / "run", config, ranks=1)
     output = attempt.ranks[0].communicate(timeout=DEADLINE_S)[0]
     assert attempt.ranks[0].returncode == 1
