@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm.model.transformer import Transformer
 from llm.train.dist import lay_out, shard
-from llm.train.optim import AdamW
+from llm.train.optim.adamw import AdamW
 from llm.train.world import World
 from llm.utils.config import DistConfig, ModelConfig, TrainConfig
 from llm.utils.sharding import local, place

@@ -24,7 +24,7 @@ from llm.train.evaluate import held_out_loss, samples
 from llm.train.exporter import Exporter
 from llm.train.guard import Guard, take
 from llm.train.logging import Metrics
-from llm.train.optim import AdamW, clip_coefficient
+from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.progress import Progress, check_identity, config_digest, data_identity
 from llm.train.rates import global_batch, last_step, learning_rate
@@ -64,7 +64,7 @@ class Trainer:
         self.throughput = Throughput(config.model, train, self.world.size, device)
         self.passes = Passes(config, layout)
         parameters = self.passes.named_parameters()
-        self.optimizer = AdamW(parameters, train)
+        self.optimizer = build(parameters, train, config.model)
         self.average = MovingAverage(parameters, train.ema_decay) if train.ema_decay else None
         self.guard = Guard(train)
         self.last_step = last_step(train)

@@ -1,7 +1,6 @@
 """TensorBoard's event files, written without TensorBoard: scalars alone, as parts of a run directory.
 
-TensorBoard's own writer appends to a file, which an object store cannot do, and takes a second to import. A file is a
-TFRecord stream (tensorflow.org/tutorials/load_data/tfrecord) of ``Event`` messages (event.proto and
+A file is a TFRecord stream (tensorflow.org/tutorials/load_data/tfrecord) of ``Event`` messages (event.proto and
 summary.proto in TensorFlow's sources). TensorBoard reads all files of a folder in the order of their names.
 """
 

@@ -95,7 +95,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     micro_batch_size: PositiveInt
     first_batch_size: PositiveInt | None = None
     batch_warmup_steps: NonNegativeInt = 0
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: Fraction = 0.1

@@ -12,7 +12,7 @@ import torch
 
 from llm.model.init import init_weights
 from llm.train.dist import lay_out
-from llm.train.optim import AdamW, clip_coefficient
+from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.step import Passes
 from llm.train.world import World
@@ -56,7 +56,7 @@ def train(world: World, given: TrainingConfig) -> tuple[list[tuple[float, float]
     passes = Passes(given, layout)
     for part in passes.parts:
         init_weights(part, 0, given.model)
-    optimizer = AdamW(passes.named_parameters(), given.train)
+    optimizer = build(passes.named_parameters(), given.train, given.model)
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, given.model.vocab_size, (STEPS, ROWS, POSITIONS + 1), generator=generator)
     held_out = torch.randint(0, given.model.vocab_size, (HELD_OUT, POSITIONS + 1), generator=generator)
@@ -110,3 +110,35 @@ def test_it_trains_as_one_process(ranks: Ranks, name: str, tied: bool) -> None:
         assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
         assert [norm for _, norm in history] == pytest.approx([norm for _, norm in expected], rel=2e-4)
         assert value == pytest.approx(evaluated, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "hsdp", "fsdp_tp", "fsdp_pp"])
+def test_muon_gathers_whole_matrices(ranks: Ranks, name: str) -> None:
+    size, changes = LAYOUTS[name]
+    expected, evaluated = alone(train__optimizer="muon")
+    for history, value in ranks(size, train, config(train__optimizer="muon", **changes)):
+        assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert value == pytest.approx(evaluated, rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["selective", "full"])
+@pytest.mark.parametrize("name", ["alone", "fsdp", "fsdp_tp", "cp", "fsdp_pp"])
+def test_activations_that_are_worked_out_again_change_nothing(ranks: Ranks, name: str, kept: str) -> None:
+    size, changes = LAYOUTS.get(name, (1, {}))
+    plain = ranks(size, train, config(**changes))
+    assert ranks(size, train, config(train__activation_checkpointing=kept, **changes)) == plain
+
+
+def test_compiled_blocks_compute_the_same(ranks: Ranks) -> None:
+    expected, _ = alone()
+    for size in (1, 2):
+        for history, _ in ranks(size, train, config(train__compile=True)):
+            assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+
+
+def test_bfloat16_stays_near(ranks: Ranks) -> None:
+    expected, _ = alone()
+    for name in ("fsdp", "fsdp_tp", "fsdp_pp"):
+        size, changes = LAYOUTS[name]
+        for history, _ in ranks(size, train, config(train__dtype="bfloat16", **changes)):
+            assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=0.02)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from llm.train.optim import AdamW, clip_coefficient
+from llm.train.optim import OPTIMIZERS, clip_coefficient
+from llm.train.optim.adamw import AdamW
+from llm.train.optim.muon import Muon, orthogonal
 from llm.utils.config import TrainConfig
 
 
@@ -62,3 +65,40 @@ def test_clipping() -> None:
     assert clip_coefficient(0.5, 1.0) == 1.0
     assert clip_coefficient(4.0, 1.0) == 0.25
     assert clip_coefficient(1e9, 0) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_orthogonalised_momentum_keeps_its_directions_and_loses_their_lengths(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
+    found = orthogonal(matrix)
+    values = torch.linalg.svdvals(found)
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ found @ vh.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-3
+
+
+def test_muon_is_for_the_matrices_of_the_blocks() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 4)]), "head": nn.Linear(4, 3)})
+    muon = Muon(dict(model.named_parameters()), config(weight_decay=0.0))
+    assert list(muon.matrices) == ["blocks.0.weight"]
+    assert {name for name in muon.state() if not name.startswith("model.")} == {
+        "optim.momentum.blocks.0.weight",
+        *(f"optim.{slot}.{name}" for slot in ("exp_avg", "exp_avg_sq")
+          for name in ("blocks.0.bias", "head.weight", "head.bias")),
+    }  # fmt: skip
+    before = model["blocks"][0].weight.detach().clone()  # type: ignore[index]
+    model["head"](model["blocks"][0](torch.ones(2, 6))).square().sum().backward()  # type: ignore[index]
+    muon.step(0.1)
+    change = model["blocks"][0].weight.detach() - before  # type: ignore[index]
+    assert float(torch.linalg.matrix_norm(change, 2)) == pytest.approx(0.1 * 0.2 * 6**0.5, rel=0.4)
+
+
+def test_optimizers_have_names() -> None:
+    assert OPTIMIZERS.names() == ["adamw", "muon"]
+    assert OPTIMIZERS.load("muon") is Muon
+    with pytest.raises(KeyError, match="there is no optimizer sgd: choose one of adamw, muon"):
+        OPTIMIZERS.load("sgd")
+    with pytest.raises(ValueError, match="there is an optimizer adamw already"):
+        OPTIMIZERS.add("adamw", "x:y")

@@ -1,13 +1,9 @@
-"""AdamW.
-
-torch.optim is not used: building any of its optimizers imports torch's compiler, a second or more of every start and
-restart, and its update sends each sharded tensor through DTensor's dispatch. This one calls the same fused kernel as
-torch.optim.AdamW(fused=True), once for all of a rank's rows.
-"""
+"""AdamW (Loshchilov and Hutter, 2019), by the same fused kernel as torch.optim.AdamW(fused=True)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +13,16 @@ from llm.utils.sharding import like, local
 
 
 class AdamW:
-    """Decoupled weight decay on matrices, none on norm weights. Works on each rank's rows alone: no communication.
+    """Decoupled weight decay on matrices, none on norms and biases. Needs no communication: shards are independent.
 
-    ``exp_avg`` and ``exp_avg_sq`` hold this rank's rows for each parameter's name. Build it after the model is sharded.
+    ``exp_avg`` and ``exp_avg_sq`` hold this rank's part for each parameter's name. ``scales`` multiply the learning
+    rate of single parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
-        self.config = config
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, scales: Mapping[str, float] | None = None
+    ) -> None:
+        self.config, self.scales = config, scales or {}
         self.steps = 0  # updates so far
         self.parameters = dict(parameters)
         with torch.no_grad():
@@ -31,14 +30,14 @@ class AdamW:
             self.exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
 
     def gradients(self) -> list[Tensor]:
-        """This rank's rows of every gradient."""
+        """This rank's part of every gradient."""
         return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient and rows on this rank."""
+        """Update every parameter that has a gradient and values on this rank; one kernel for all that are alike."""
         self.steps += 1
-        for decay, names in self._groups():
+        for (decay, scale), names in self._groups().items():
             parameters = [local(self.parameters[name]) for name in names]
             count = torch.tensor(float(self.steps), device=parameters[0].device)
             torch._fused_adamw_(
@@ -48,7 +47,7 @@ class AdamW:
                 [self.exp_avg_sq[name] for name in names],
                 [],  # maxima, for amsgrad only
                 [count] * len(names),
-                lr=lr,
+                lr=lr * scale,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
                 weight_decay=decay,
@@ -72,14 +71,11 @@ class AdamW:
                 found[f"optim.exp_avg_sq.{name}"] = like(self.exp_avg_sq[name], parameter)
         return found
 
-    def _groups(self) -> Iterator[tuple[float, list[str]]]:
-        """Names with and without weight decay; a parameter of few rows may have none on this rank."""
-        live = {n: p for n, p in self.parameters.items() if p.grad is not None and self.exp_avg[n].numel()}
-        for decay, wanted in ((self.config.weight_decay, True), (0.0, False)):
-            if names := [name for name, p in live.items() if (p.dim() >= 2) is wanted]:
-                yield decay, names
-
-
-def clip_coefficient(norm: float, limit: float) -> float:
-    """What to multiply gradients of global ``norm`` by, so that it does not exceed ``limit`` (0 = no limit)."""
-    return 1.0 if limit == 0 or norm <= limit else limit / norm
+    def _groups(self) -> dict[tuple[float, float], list[str]]:
+        """Names by weight decay and scale of the learning rate; a small parameter may have no values on this rank."""
+        found = defaultdict(list)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and self.exp_avg[name].numel():
+                decay = self.config.weight_decay if parameter.dim() >= 2 else 0.0
+                found[decay, self.scales.get(name, 1.0)].append(name)
+        return found

@@ -1,0 +1,48 @@
+"""A training step on made-up tokens, from the trainer's own pieces: what benchmarks time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm.model.init import init_weights
+from llm.train.dist import Layout
+from llm.train.optim import AdamW, clip_coefficient
+from llm.train.phases import Phases
+from llm.train.step import Passes
+from llm.utils.config import TrainingConfig
+
+
+class BenchStep:
+    """All that a step of the training loop computes: passes, gradient norm, clipping, update. No data, no saves."""
+
+    def __init__(self, config: TrainingConfig, layout: Layout) -> None:
+        self.train, self.layout = config.train, layout
+        self.passes = Passes(config, layout)
+        self.phases = phases = Phases(layout.world.device)
+        for part in self.passes.parts:
+            init_weights(part, config.train.seed, config.model)
+            # What is left of the passes is the backward pass.
+            part.register_forward_pre_hook(lambda *_: phases.enter("forward"), prepend=True)
+            part.register_forward_hook(lambda *_: phases.leave())
+        self.optimizer = AdamW(self.passes.named_parameters(), config.train)
+
+    def rows(self, generator: torch.Generator) -> Tensor:
+        """This rank's rows (R, seq_len + 1) of a global batch, drawn evenly from the vocabulary."""
+        rows = self.train.global_batch_size // self.layout.dp
+        return torch.randint(self.passes.config.model.vocab_size, (rows, self.train.seq_len + 1), generator=generator)
+
+    def __call__(self, rows: Tensor) -> float:
+        """One update from this rank's ``rows`` (R, seq_len + 1); returns the mean loss over all ranks' tokens."""
+        train, phases = self.train, self.phases
+        tokens = train.global_batch_size * train.seq_len
+        with phases("backward"):
+            sums = self.passes.train(rows, tokens)
+        with phases("optimizer"), torch.no_grad():
+            total = torch.stack((sums[1].double(), self.passes.norm_squares().double()))
+            loss, squares = self.layout.world.sum(total).tolist()
+            if (coefficient := clip_coefficient(squares**0.5, train.grad_clip)) < 1:
+                torch._foreach_mul_(self.optimizer.gradients(), coefficient)
+            self.optimizer.step(train.lr)
+            self.optimizer.zero_grad()
+        return float(loss) / tokens
