@@ -35,6 +35,12 @@ SHOWN = {
     "notifications.md": ["finished on local after 1 attempt", "give env:NAME", "exit code 2"],
     "top.md": ["needs a terminal", "exit code 2"],
     "logs.md": ["hello from 0", "rank 1 on", "IndexError: list index out of range", "exit code 1"],
+    "profiling.md": [
+        "events.out.tfevents.000000",
+        "rank00001.000000.json",
+        "step_00000005.rank00000.txt",
+        "bit by bit",
+    ],
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],

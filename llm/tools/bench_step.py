@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm.model.init import init_weights
 from llm.train.dist import Layout
-from llm.train.optim import AdamW, clip_coefficient
+from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.step import Passes
 from llm.utils.config import TrainingConfig
@@ -19,13 +19,10 @@ class BenchStep:
     def __init__(self, config: TrainingConfig, layout: Layout) -> None:
         self.train, self.layout = config.train, layout
         self.passes = Passes(config, layout)
-        self.phases = phases = Phases(layout.world.device)
+        self.phases = Phases(layout.world.device)
         for part in self.passes.parts:
             init_weights(part, config.train.seed, config.model)
-            # What is left of the passes is the backward pass.
-            part.register_forward_pre_hook(lambda *_: phases.enter("forward"), prepend=True)
-            part.register_forward_hook(lambda *_: phases.leave())
-        self.optimizer = AdamW(self.passes.named_parameters(), config.train)
+        self.optimizer = build(self.passes.named_parameters(), config.train, config.model)
 
     def rows(self, generator: torch.Generator) -> Tensor:
         """This rank's rows (R, seq_len + 1) of a global batch, drawn evenly from the vocabulary."""
@@ -34,11 +31,10 @@ class BenchStep:
 
     def __call__(self, rows: Tensor) -> float:
         """One update from this rank's ``rows`` (R, seq_len + 1); returns the mean loss over all ranks' tokens."""
-        train, phases = self.train, self.phases
+        train = self.train
         tokens = train.global_batch_size * train.seq_len
-        with phases("backward"):
-            sums = self.passes.train(rows, tokens)
-        with phases("optimizer"), torch.no_grad():
+        sums = self.passes.train(rows, tokens, self.phases)
+        with self.phases("optimizer"), torch.no_grad():
             total = torch.stack((sums[1].double(), self.passes.norm_squares().double()))
             loss, squares = self.layout.world.sum(total).tolist()
             if (coefficient := clip_coefficient(squares**0.5, train.grad_clip)) < 1:

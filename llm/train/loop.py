@@ -35,6 +35,7 @@ from llm.train.throughput import Throughput, gpu_memory
 from llm.train.tracing import Trace
 from llm.utils.config import TrainingConfig
 from llm.utils.profiling import Profiler
+from llm.utils.reproducibility import note, record
 from llm.utils.storage import Storage
 
 
@@ -75,6 +76,8 @@ class Trainer:
         self.stalled_s = 0.0  # in which saves held this attempt up so far
         self.save_wanted = False  # rank 0 has said so: the clock, or somebody, asks for a checkpoint
         self.saved: Commit | None = None  # what holds the state after ``step``, or before it
+        # On rank 0: its commit has it. Other ranks' hardware is taken to be the same.
+        self.made_by = record(layout.sizes(), device, checkpointer.code) if rank == 0 else {}
         checkpointer.mesh = {"ranks": self.world.size, **layout.sizes()}
         checkpointer.attach(self.tensors())
 
@@ -316,6 +319,7 @@ class Trainer:
             "guard": self.guard.state(),
             "data": data_identity(self.config, self.text.fingerprint),
             "config_sha256": config_digest(self.config),
+            "made_by": self.made_by,
         }
 
     def note(self, events: list[Event]) -> None:
@@ -354,6 +358,9 @@ class Trainer:
         check_identity(data_identity(self.config, self.text.fingerprint), state["data"])
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
+        changed = note(state["made_by"], self.made_by) if self.config.train.deterministic else None
+        if changed is not None and self.world.rank == 0:
+            print(changed, flush=True)
         self.progress = Progress.of(state)
         self.guard.restore(state["guard"])
         self.optimizer.steps = self.progress.updates

@@ -109,7 +109,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     Worked out in bfloat16 on a GPU, which is enough for that, and in float32 on a CPU.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x: Tensor = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.mT
@@ -123,7 +123,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 def _sharing(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks over which FSDP shards ``parameter``; ranks of other axes work out the same beside them."""
     mesh: Any = getattr(parameter, "device_mesh", None)
-    return None if mesh is None else mesh.get_group("dp_shard")
+    group: dist.ProcessGroup | None = None if mesh is None else mesh.get_group("dp_shard")
+    return group
 
 
 def _whole(part: Tensor, parameter: Tensor) -> Tensor:
