@@ -41,6 +41,7 @@ SHOWN = {
         "step_00000005.rank00000.txt",
         "bit by bit",
     ],
+    "training.md": ["finished", "held-out loss", "dist.tp=3 does not divide"],
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],

@@ -116,7 +116,6 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: NonNegativeInt = 0
     deterministic: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
-    float8: bool = False
     compile: bool = False
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: PositiveInt = 1
