@@ -15,7 +15,7 @@ from llm.tools.export import Exported, Saved
 from llm.tools.hf_import import INDEX
 from llm.tools.hf_names import to_hf
 from llm.train.pieces import DTYPES
-from llm.utils.config import ModelConfig
+from llm.utils.config import ModelConfig, RopeScaling, head_size
 
 FILE = 4 << 30  # bytes of a file, unless one tensor is larger
 SHOWN = 10
@@ -48,30 +48,66 @@ def export_hf(source: Exported, config: ModelConfig, dtype: str | None, target: 
 
 
 def hf_config(config: ModelConfig, tensors: dict[str, Saved]) -> dict[str, Any]:
-    """``config.json`` of a LlamaForCausalLM."""
+    """``config.json`` of the family that has this shape: Llama, Qwen 2, Qwen 3 or Mistral.
+
+    Raises CheckpointError for a shape that none of them has.
+    """
+    family, own = _family(config)
     dtypes = {str(DTYPES[saved.dtype]).removeprefix("torch.") for saved in tensors.values()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.dim // config.n_heads,
+        "head_dim": head_size(config),
         "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(config.rope_scaling),
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        **own,
     }
+
+
+def _family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Its name in transformers, and what its config has beside that of the others."""
+    biases = config.qkv_bias, config.out_bias, config.ffn_bias
+    windows = {"use_sliding_window": config.window is not None, "sliding_window": config.window, "max_window_layers": 0}
+    if config.init != "mup" and not config.full_every:
+        if config.qk_norm and not any(biases):
+            return "Qwen3", {"attention_bias": False, **windows}
+        if not config.qk_norm and biases == (True, False, False) and head_size(config) * config.n_heads == config.dim:
+            return "Qwen2", windows
+        if not config.qk_norm and config.window is not None and not any(biases):
+            return "Mistral", {"sliding_window": config.window}
+        if not config.qk_norm and config.window is None and config.qkv_bias == config.out_bias:
+            return "Llama", {"attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
+    raise CheckpointError(
+        "no family of Hugging Face has this shape (qk_norm, biases, window, full_every, init=mup together): "
+        "export --format dcp or torch keeps it"
+    )
+
+
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    own: dict[str, Any] = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        own = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if scaling.attention_factor is not None:
+            own["attention_factor"] = scaling.attention_factor
+    original = scaling.original_max_seq_len
+    return {
+        "rope_type": scaling.kind, "factor": scaling.factor, "original_max_position_embeddings": original, **own
+    }  # fmt: skip
 
 
 def _model(source: Exported, config: ModelConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Names of a Llama's weights: ours, Hugging Face's, and those of torchtitan and Meta.
+"""Names of the weights of a Llama, Qwen or Mistral: ours, Hugging Face's, and those of torchtitan and Meta.
 
 All three keep a linear weight as (out, in). They differ in which values of a head the rotary embedding turns together:
 ours and Hugging Face's pair the first half with the second, torchtitan's and Meta's each value with its neighbour. So
@@ -24,9 +24,18 @@ _HF = {
     "blocks.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
     "blocks.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
     "blocks.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.attention.wq.bias": "model.layers.{}.self_attn.q_proj.bias",
+    "blocks.{}.attention.wk.bias": "model.layers.{}.self_attn.k_proj.bias",
+    "blocks.{}.attention.wv.bias": "model.layers.{}.self_attn.v_proj.bias",
+    "blocks.{}.attention.wo.bias": "model.layers.{}.self_attn.o_proj.bias",
+    "blocks.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
     "blocks.{}.ffn.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
     "blocks.{}.ffn.up.weight": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.ffn.down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "blocks.{}.ffn.gate.bias": "model.layers.{}.mlp.gate_proj.bias",
+    "blocks.{}.ffn.up.bias": "model.layers.{}.mlp.up_proj.bias",
+    "blocks.{}.ffn.down.bias": "model.layers.{}.mlp.down_proj.bias",
     "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
     "blocks.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
     "norm.weight": "model.norm.weight",

@@ -297,7 +297,11 @@ def _check_model(model: ModelConfig) -> None:
     if model.full_every and model.window is None:
         raise ConfigError(f"model.full_every={model.full_every} needs model.window: set it, or full_every=0")
     scaling = model.rope_scaling
-    if scaling is not None and model.max_seq_len > scaling.factor * scaling.original_max_seq_len:
+    if (
+        scaling is not None
+        and scaling.kind == "yarn"
+        and model.max_seq_len > scaling.factor * scaling.original_max_seq_len
+    ):
         raise ConfigError(
             f"model.max_seq_len={model.max_seq_len} is longer than model.rope_scaling was built for "
             f"({scaling.factor:g} x {scaling.original_max_seq_len}): lower it or raise rope_scaling.factor"

@@ -15,7 +15,10 @@ from llmops.config.compose import load_config
 from llmops.config.errors import schema_keys
 from llmops.resources import conf_dir
 
-MODELS = ["tiny", "1b", "7b", "13b", "32b"]
+MODELS = [
+    *("tiny", "1b", "7b", "13b", "32b", "llama3_2_1b", "llama3_2_3b", "llama3_1_8b", "mistral_7b"),
+    *("qwen2_5_0_5b", "qwen2_5_7b", "qwen3_0_6b", "qwen3_8b", "qwen3_32b"),
+]
 SECTIONS = {
     "train/default": schema.TrainConfig,
     "dist/fsdp": schema.DistConfig,
@@ -31,9 +34,11 @@ SECTIONS = {
 
 
 def parameters(model: schema.ModelConfig) -> int:
-    """Of a decoder with grouped-query attention, a gated feed-forward and two norms per layer, without biases."""
-    head = model.dim // model.n_heads
-    attention = 2 * model.dim * model.n_heads * head + 2 * model.dim * model.n_kv_heads * head
+    """Of a decoder with grouped-query attention, a gated feed-forward and two norms per layer."""
+    head = model.head_dim or model.dim // model.n_heads
+    queries, keys = model.n_heads * head, model.n_kv_heads * head
+    attention = 2 * model.dim * queries + 2 * model.dim * keys
+    attention += (queries + 2 * keys) * model.qkv_bias + 2 * head * model.qk_norm
     layer = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
     tables = 1 if model.tie_embeddings else 2
     return tables * model.vocab_size * model.dim + model.n_layers * layer + model.dim
