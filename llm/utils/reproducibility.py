@@ -34,7 +34,7 @@ def record(layout: Mapping[str, int], device: torch.device, code: str = "") -> d
     for names: nothing that waits.
     """
     found: dict[str, Any] = {
-        "torch": str(torch.__version__),
+        "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
@@ -55,7 +55,7 @@ def record(layout: Mapping[str, int], device: torch.device, code: str = "") -> d
             "device": torch.cuda.get_device_name(device),
             "driver": _driver(),
             "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),
+            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
             "NCCL": ".".join(str(part) for part in nccl),
         }
     return found
