@@ -55,7 +55,7 @@ def record(layout: Mapping[str, int], device: torch.device, code: str = "") -> d
             "device": torch.cuda.get_device_name(device),
             "driver": _driver(),
             "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "NCCL": ".".join(str(part) for part in nccl),
         }
     return found
