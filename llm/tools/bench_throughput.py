@@ -151,7 +151,7 @@ def measure(config: TrainingConfig, world: Any, warmup: int, steps: int) -> dict
         "warmup_s": warmup_s,
         "ranks": world.size,
         "layout": layout.sizes(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,16 +25,32 @@ MAX_HEADER = 100 << 20  # what the safetensors library itself accepts
 def open_hf(storage: Storage, sizes: dict[str, int | None]) -> Source:
     """The tensors of the folder, whose files have these ``sizes``. Raises CheckpointError for damage and shards."""
     source = Source("hf")
-    seen: set[str] = set()
+    for name, place in places(storage, sizes).items():
+        shape = place.shape
+        box = Box(name=name, dtype=place.dtype, shape=shape, offset=[0] * len(shape), local_shape=shape)
+        source.items.append(Item(box, partial(_read, storage, place.file, place.begin, box)))
+    return source
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the values of a tensor lie, row after row: from byte ``begin`` of ``file`` on."""
+
+    file: str
+    begin: int
+    dtype: str  # as safetensors names it
+    shape: list[int]
+
+
+def places(storage: Storage, sizes: dict[str, int | None]) -> dict[str, Place]:
+    """Every tensor of the folder by name. Reads the headers alone. Raises CheckpointError for damage and shards."""
+    found: dict[str, Place] = {}
     for file in _files(storage, list(sizes)):
         for name, entry, begin in _header(storage, file, sizes[file] or 0):
-            if name in seen:
+            if name in found:
                 raise CheckpointError(f"{storage.url}/{file}: tensor {name} is in another file too")
-            seen.add(name)
-            shape = entry["shape"]
-            box = Box(name=name, dtype=entry["dtype"], shape=shape, offset=[0] * len(shape), local_shape=shape)
-            source.items.append(Item(box, partial(_read, storage, file, begin, box)))
-    return source
+            found[name] = Place(file, begin, entry["dtype"], entry["shape"])
+    return found
 
 
 def _files(storage: Storage, names: list[str]) -> list[str]:

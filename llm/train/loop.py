@@ -26,6 +26,7 @@ from llm.train.guard import Guard, take
 from llm.train.logging import Metrics
 from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
+from llm.train.pretrained import open_pretrained
 from llm.train.progress import Progress, check_identity, config_digest, data_identity
 from llm.train.rates import global_batch, last_step, learning_rate
 from llm.train.schedule import SaveSchedule
@@ -92,8 +93,11 @@ class Trainer:
             self.saved, state = self.checkpointer.load_newest(resume)
             self.restore(state)
             return
-        for part in self.passes.parts:
-            init_weights(part, self.config.train.seed, self.config.model)
+        if self.config.train.init_from is not None:
+            open_pretrained(self.config.train.init_from, self.config.model).fill(self.passes.named_parameters())
+        else:
+            for part in self.passes.parts:
+                init_weights(part, self.config.train.seed, self.config.model)
         if self.average is not None:
             self.average.start()
 
@@ -107,6 +111,7 @@ class Trainer:
         data = self.data()
         while not self.done() and not stop:
             before = self.progress.step
+            self.phases.show_to_profiler(self.profiler.wants(before + 1))
             with self.profiler.step(before + 1), self.profiler.memory():
                 stop = self.train_step(data)
             if self.progress.step < before:  # rolled back

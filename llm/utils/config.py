@@ -84,7 +84,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     The run ends at ``max_steps``, or before where ``max_tokens`` or ``max_hours`` (of training, over all attempts) are
     reached first. The learning rate follows ``schedule``; ``decay_steps`` is the length of wsd's fall. With
-    ``batch_warmup_steps`` the global batch grows evenly from ``first_batch_size`` in multiples of it.
+    ``batch_warmup_steps`` the global batch grows evenly from ``first_batch_size`` in multiples of it. A new run starts
+    from the weights of the Hugging Face folder ``init_from``, where it names one.
     """
 
     max_steps: PositiveInt
@@ -113,6 +114,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     skip_spikes: NonNegativeFloat = 0.0
     max_skips: PositiveInt = 10
+    init_from: str | None = None
     seed: NonNegativeInt = 0
     deterministic: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"

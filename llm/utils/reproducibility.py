@@ -34,7 +34,7 @@ def record(layout: Mapping[str, int], device: torch.device, code: str = "") -> d
     for names: nothing that waits.
     """
     found: dict[str, Any] = {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # as plain text
         "python": platform.python_version(),
         "cpu": _cpu(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
