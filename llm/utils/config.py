@@ -96,7 +96,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     micro_batch_size: PositiveInt
     first_batch_size: PositiveInt | None = None
     batch_warmup_steps: NonNegativeInt = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: Fraction = 0.1
@@ -321,6 +321,16 @@ def _check_layout(config: Any, world_size: int) -> None:
     ):
         if value % dist.tp:
             raise ConfigError(f"dist.tp={dist.tp} does not divide {key}={value}: choose a degree that does")
+    if train.optimizer == "adamw8bit" and dist.tp > 1:
+        for key, columns in (
+            ("model.ffn_dim", model.ffn_dim),
+            ("n_heads x head size", model.n_heads * head_size(model)),
+        ):
+            if columns % 64 == 0 and columns // dist.tp % 64:
+                raise ConfigError(
+                    f"train.optimizer=adamw8bit: dist.tp={dist.tp} leaves {columns // dist.tp} columns of {key}="
+                    f"{columns}, which are no blocks of 64: lower dist.tp or choose train.optimizer=adamw"
+                )
     if train.seq_len % (2 * dist.cp if dist.cp > 1 else 1):
         raise ConfigError(
             f"train.seq_len={train.seq_len} is not a multiple of 2 x dist.cp={2 * dist.cp}, the parts of a sequence"

@@ -96,9 +96,9 @@ def test_muon_is_for_the_matrices_of_the_blocks() -> None:
 
 
 def test_optimizers_have_names() -> None:
-    assert OPTIMIZERS.names() == ["adamw", "muon"]
+    assert OPTIMIZERS.names() == ["adamw", "adamw8bit", "muon"]
     assert OPTIMIZERS.load("muon") is Muon
-    with pytest.raises(KeyError, match="there is no optimizer sgd: choose one of adamw, muon"):
+    with pytest.raises(KeyError, match="there is no optimizer sgd: choose one of adamw, adamw8bit, muon"):
         OPTIMIZERS.load("sgd")
     with pytest.raises(ValueError, match="there is an optimizer adamw already"):
         OPTIMIZERS.add("adamw", "x:y")

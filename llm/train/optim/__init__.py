@@ -35,7 +35,14 @@ class Optimizer(Protocol):
 
 
 # Each is made from the parameters by name, the config, and by name what multiplies the learning rate.
-OPTIMIZERS = Registry("optimizer", {"adamw": "llm.train.optim.adamw:AdamW", "muon": "llm.train.optim.muon:Muon"})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "llm.train.optim.adamw:AdamW",
+        "adamw8bit": "llm.train.optim.low_memory:AdamW8bit",
+        "muon": "llm.train.optim.muon:Muon",
+    },
+)
 
 
 def build(parameters: Mapping[str, nn.Parameter], train: TrainConfig, model: ModelConfig) -> Optimizer:

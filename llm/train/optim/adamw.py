@@ -16,7 +16,7 @@ class AdamW:
     """Decoupled weight decay on matrices, none on norms and biases. Needs no communication: shards are independent.
 
     ``exp_avg`` and ``exp_avg_sq`` hold this rank's part for each parameter's name. ``scales`` multiply the learning
-    rate of single parameters.
+    rate of single parameters, and not what decays: rate x decay is the same for all.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AdamW:
                 lr=lr * scale,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
-                weight_decay=decay,
+                weight_decay=decay / scale,
                 eps=self.config.eps,
                 amsgrad=False,
                 maximize=False,

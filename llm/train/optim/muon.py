@@ -89,10 +89,11 @@ class Muon:
                 update = torch.empty(parameter.shape, device=parameter.device)
             if group is not None:
                 dist.broadcast(update, group=group, group_src=owner)
-            rate = lr * self.scales.get(name, 1.0)
+            # A wide matrix's update is longer by the root of its width only, not by its width as AdamW's is.
+            rate = lr * self.scales.get(name, 1.0) ** 0.5
             size = ADAMW_SIZE * max(parameter.shape) ** 0.5
             values = local(parameter)
-            values.mul_(1 - rate * self.config.weight_decay)
+            values.mul_(1 - lr * self.config.weight_decay)
             values.sub_(update[slices(parameter)], alpha=rate * size)
 
     def _direction(self, name: str) -> Tensor:
