@@ -59,6 +59,10 @@ class Prepared:
 def prepare(composed: Composed, runs_url: str | None) -> Prepared:
     """Choose the run's name, id and place, and ask the backend whether it can run at all."""
     config = composed.config
+    if config.hardware is not None:
+        from llmops.plan import check_fits
+
+        check_fits(config)
     name = check_name(config.name or (Path(config.command[0]).name if config.command else config.model.name))
     backend = backends.load(backend_of(config))
     url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")

@@ -41,6 +41,7 @@ SHOWN = {
         "step_00000005.rank00000.txt",
         "bit by bit",
     ],
+    "plan.md": ["parameters on 64 ranks", "layouts fit", "no layout of so few ranks", "exit code 2"],
     "training.md": ["finished", "held-out loss", "dist.tp=3 does not divide"],
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],

@@ -105,14 +105,3 @@ class Head(Linear):
 def logit_scale(config: ModelConfig) -> float:
     """What the last norm's output is multiplied by: 1, or under muP base width / width, which lets a matrix be tied."""
     return config.mup_base_dim / config.dim if config.init == "mup" else 1.0
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Number of trained values, from the shape alone."""
-    size, width = head_size(config), config.dim
-    queries, keys = size * config.n_heads, size * config.n_kv_heads
-    attention = 2 * width * (queries + keys) + (queries + 2 * keys) * config.qkv_bias + width * config.out_bias
-    ffn = 3 * width * config.ffn_dim + (2 * config.ffn_dim + width) * config.ffn_bias
-    norms = 2 * width + 2 * size * config.qk_norm
-    embeddings = config.vocab_size * width * (1 if config.tie_embeddings else 2)
-    return config.n_layers * (attention + ffn + norms) + embeddings + width

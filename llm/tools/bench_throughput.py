@@ -107,8 +107,8 @@ def measure(config: TrainingConfig, world: Any, warmup: int, steps: int) -> dict
     import torch
 
     from llm.tools.bench_step import BenchStep
+    from llm.train.attempt import prepare
     from llm.train.dist import lay_out
-    from llm.train.loop import prepare
     from llm.train.throughput import Throughput, gpu_memory
 
     prepare(config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from llm.checkpoint.format import CheckpointError, Commit
@@ -15,7 +17,7 @@ from llm.train.control import Control
 from llm.train.dist import lay_out
 from llm.train.exporter import Exporter
 from llm.train.logging import Metrics
-from llm.train.loop import Trainer, prepare
+from llm.train.loop import Trainer
 from llm.train.resharding import together
 from llm.train.schedule import retention
 from llm.train.sinks import Sinks
@@ -66,6 +68,19 @@ def run_attempt(
         exporter.close()
         if world.grouped:
             dist.destroy_process_group()
+
+
+def prepare(config: TrainingConfig) -> None:
+    """Threads, seeds and determinism, before anything is computed."""
+    torch.set_num_threads(config.train.threads_per_rank)
+    with contextlib.suppress(RuntimeError):  # may be set only once in a process
+        torch.set_num_interop_threads(1)
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Not use_deterministic_algorithms(): the same switch, but it imports the compiler's settings too.
+        torch.set_deterministic_debug_mode("error")
+        torch.backends.cudnn.benchmark = False
 
 
 def agree(storage: Storage, world: World) -> tuple[int, int, Commit | None]:

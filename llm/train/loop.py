@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -402,16 +401,3 @@ class Trainer:
         self.sinks.close()
         self.phases.close()
         self.checkpointer.close()
-
-
-def prepare(config: TrainingConfig) -> None:
-    """Threads, seeds and determinism, before anything is computed."""
-    torch.set_num_threads(config.train.threads_per_rank)
-    with contextlib.suppress(RuntimeError):  # may be set only once in a process
-        torch.set_num_interop_threads(1)
-    torch.manual_seed(config.train.seed)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Not use_deterministic_algorithms(): the same switch, but it imports the compiler's settings too.
-        torch.set_deterministic_debug_mode("error")
-        torch.backends.cudnn.benchmark = False

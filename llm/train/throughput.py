@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llm.model.transformer import parameter_count
+from llm.estimate.flops import flops_per_token
 from llm.utils.config import ModelConfig, TrainConfig
 
 # Dense TFLOP/s of one device, by a part of its name: in bfloat16, and in float32 without tensor cores. The first that
@@ -23,19 +23,6 @@ _PEAKS = (
     ("L4", 121.0, 30.3),
     ("V100", None, 15.7),
 )
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs that one trained token takes, forward and backward, as in appendix B of the PaLM paper.
-
-    ``6 N + 12 L d T``: N parameters that are multiplied with (all but the embedding, whose rows are only looked up;
-    the output head counts, also when it shares the embedding's values), L layers, width d and sequence length T. That
-    attention looks at earlier tokens only is not taken off, so that numbers can be compared with those of others.
-    Recomputed activations are no use and do not count.
-    """
-    tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
-    multiplied = parameter_count(model) - tables + model.vocab_size * model.dim
-    return float(6 * multiplied + 12 * model.n_layers * model.dim * seq_len)
 
 
 def peak_flops(train: TrainConfig, device: torch.device) -> float | None:

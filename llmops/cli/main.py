@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing typing would be a fifth of what --help costs
 
 VERBS = {
     "submit": "submit a run: your configuration, or any command after --",
+    "plan": "what a run will need and take: memory, time, cost; layouts that fit",
     "render": "print exactly what submit would submit, and submit nothing",
     "status": "what is running, how far, and how it ended",
     "top": "a full-screen view of all runs",

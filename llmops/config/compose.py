@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+import llm.estimate.hardware
 import llm.utils.config
 from llmops import __version__
 from llmops.config import cache, groups, hydra_call, interpolate, k8s_rules, rules, schema
@@ -71,7 +72,15 @@ def group(name: str, option: str, config_dir: Path | None = None) -> dict[str, A
 def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
     """Everything that decides what a composition gives, besides its overrides."""
     yield "llmops", __version__.encode()
-    for module in (schema, rules, k8s_rules, override_text, llm.utils.config, sys.modules[__name__]):
+    for module in (
+        schema,
+        rules,
+        k8s_rules,
+        override_text,
+        llm.utils.config,
+        llm.estimate.hardware,
+        sys.modules[__name__],
+    ):
         yield module.__name__, Path(str(module.__file__)).read_bytes()
     for package, version_file in (("hydra", "__init__.py"), ("omegaconf", "version.py")):
         spec = find_spec(package)

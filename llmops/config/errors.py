@@ -153,10 +153,15 @@ def _add(found: dict[str, Any], name: str, kind: Any) -> None:
     found[name] = kind
     if get_origin(kind) in (list, dict):
         name, kind = f"{name}[]", get_args(kind)[-1]
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+    kind = next((each for each in get_args(kind) if _is_struct(each)), kind)  # a section that may be null
+    if _is_struct(kind):
         found[name] = kind
         for field in msgspec.structs.fields(kind):
             _add(found, f"{name}.{field.name}", field.type)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def _missing(path: str, groups: Groups, overrides: Sequence[str]) -> UserError:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from llm.estimate.hardware import HardwareConfig
 from llm.utils.config import (
     CheckpointConfig,
     DataConfig,
@@ -283,6 +284,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    hardware: HardwareConfig | None = None
 
 
 CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llm.estimate.parameters import parameter_count
 from llm.model.init import init_weights, initial_value
-from llm.model.transformer import Transformer, parameter_count
+from llm.model.transformer import Transformer
 from llm.utils.config import ModelConfig
 
 
