@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.train.optim.adamw import AdamW
+from llm.train.optim.mixed import Mixed
 from llm.utils.config import ConfigError, TrainConfig
 from llm.utils.sharding import like, local
 
@@ -22,7 +22,7 @@ FEWEST = 4096  # values of a matrix that is worth it
 SLOTS = {"exp_avg": True, "exp_avg_sq": False}  # is it signed?
 
 
-class AdamW8bit:
+class AdamW8bit(Mixed):
     """torchao's AdamW8bit for matrices whose columns are a multiple of 64, AdamW for what is left. No communication.
 
     Keeps 2.125 bytes for each value of the former. With train.compile its update is compiled. Raises ConfigError where
@@ -39,9 +39,7 @@ class AdamW8bit:
             raise ConfigError(
                 f"train.optimizer=adamw8bit needs torchao ({error}): pip install 'llmops[lowmem]'"
             ) from error
-        self.config, self.scales = config, scales or {}
-        self.matrices = {name: p for name, p in parameters.items() if quantised(p)}
-        self.rest = AdamW({name: p for name, p in parameters.items() if name not in self.matrices}, config, scales)
+        super().__init__(parameters, {name for name, p in parameters.items() if quantised(p)}, config, scales)
         self.codes: dict[str, dict[str, Tensor]] = {slot: {} for slot in SLOTS}
         self.block_scales: dict[str, dict[str, Tensor]] = {slot: {} for slot in SLOTS}
         states: dict[str, dict[str, Tensor]] = {}
@@ -69,25 +67,6 @@ class AdamW8bit:
             self.torchao = Torchao(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
             for name, state in states.items():
                 self.torchao.state[self.shards[name]] = state
-
-    @property
-    def steps(self) -> int:
-        """Updates so far."""
-        return self.rest.steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self.rest.steps = value
-
-    def gradients(self) -> list[Tensor]:
-        """This rank's part of every gradient."""
-        return [local(p.grad) for p in self.matrices.values() if p.grad is not None] + self.rest.gradients()
-
-    def zero_grad(self) -> None:
-        """Drop the gradients and their memory."""
-        for parameter in self.matrices.values():
-            parameter.grad = None
-        self.rest.zero_grad()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

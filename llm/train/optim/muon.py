@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.train.optim.adamw import AdamW
+from llm.train.optim.mixed import Mixed
 from llm.utils.config import TrainConfig
 from llm.utils.sharding import like, local, slices
 
@@ -24,36 +24,16 @@ ITERATIONS = 5
 ADAMW_SIZE = 0.2  # root mean square of a usual update of AdamW, in learning rates
 
 
-class Muon:
+class Muon(Mixed):
     """Needs whole matrices: ranks that share their shards gather them, and each works out some of them for all."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, scales: Mapping[str, float] | None = None
     ) -> None:
-        self.config, self.scales = config, scales or {}
-        self.matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2}
-        self.rest = AdamW({name: p for name, p in parameters.items() if name not in self.matrices}, config, scales)
+        own = {name for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2}
+        super().__init__(parameters, own, config, scales)
         with torch.no_grad():
             self.momentum = {name: torch.zeros_like(local(p)) for name, p in self.matrices.items()}
-
-    @property
-    def steps(self) -> int:
-        """Updates so far."""
-        return self.rest.steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self.rest.steps = value
-
-    def gradients(self) -> list[Tensor]:
-        """This rank's part of every gradient."""
-        return [local(p.grad) for p in self.matrices.values() if p.grad is not None] + self.rest.gradients()
-
-    def zero_grad(self) -> None:
-        """Drop the gradients and their memory."""
-        for parameter in self.matrices.values():
-            parameter.grad = None
-        self.rest.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint needs, weights included, by canonical name. What is in it is updated in place."""
