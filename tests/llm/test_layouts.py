@@ -25,8 +25,8 @@ JOURNEY: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def config(tied: bool, **dist: Any) -> dict[str, Any]:
-    made = tiny(train__max_steps=STEPS, train__micro_batch_size=1, model__tie_embeddings=tied)
+def config(**dist: Any) -> dict[str, Any]:
+    made = tiny(train__max_steps=STEPS, train__micro_batch_size=1)
     made["model"].update(vocab_size=264, n_layers=4)
     made["eval"].update(every_steps=0, batches=1, sample_prompts=[])
     made["checkpoint"]["every_steps"] = 0
@@ -34,17 +34,16 @@ def config(tied: bool, **dist: Any) -> dict[str, Any]:
     return made
 
 
-def go_on(run: Path, ranks: int, attempt: int, tied: bool, dist: dict[str, Any]) -> Attempt:
-    return start(run, config(tied, **dist), ranks=ranks, attempt=attempt)
+def go_on(run: Path, ranks: int, attempt: int, dist: dict[str, Any]) -> Attempt:
+    return start(run, config(**dist), ranks=ranks, attempt=attempt)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_run_goes_through_every_layout(tmp_path: Path, tied: bool) -> None:
-    assert go_on(tmp_path / "alone", 1, 0, tied, {}).finish() == [0]
+def test_a_run_goes_through_every_layout(tmp_path: Path) -> None:
+    assert go_on(tmp_path / "alone", 1, 0, {}).finish() == [0]
     expected = trajectory(tmp_path / "alone")
     run = tmp_path / "run"
     for number, (ranks, dist) in enumerate(JOURNEY):
-        attempt = go_on(run, ranks, number, tied, dist)
+        attempt = go_on(run, ranks, number, dist)
         if number + 1 == len(JOURNEY):
             assert attempt.finish() == [0] * ranks
             break

@@ -25,7 +25,6 @@ ALONE = World(0, 1, 0, torch.device("cpu"), False)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp of 4": (4, {}),
     "fsdp_tp": (4, {"dist__tp": 2}),
-    "hsdp_tp": (8, {"dist__dp_replicate": 2, "dist__tp": 2}),
     "fsdp_pp": (4, {"dist__pp": 2}),
 }
 # The vocabulary does not split evenly over ranks; and biases.
