@@ -64,7 +64,7 @@ class Launcher:
         shares: dict[str, float] = found["shares"]
         return shares
 
-    def wait(self, run_id: str, *states: str, timeout: float = 120) -> dict[str, Any]:
+    def wait(self, run_id: str, *states: str, timeout: float = 240) -> dict[str, Any]:
         """Wait until the run is in one of the states; its status."""
         deadline = time.monotonic() + timeout
         while True:
@@ -80,7 +80,7 @@ class Launcher:
             )
             time.sleep(0.3)
 
-    def wait_step(self, run_id: str, step: int, timeout: float = 90) -> None:
+    def wait_step(self, run_id: str, step: int, timeout: float = 180) -> None:
         """Wait until the newest attempt has done ``step``."""
         self.wait_for(lambda: (self.step(run_id) or 0) >= step, timeout, f"{run_id} to reach step {step}", run_id)
 

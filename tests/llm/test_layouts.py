@@ -19,7 +19,7 @@ JOURNEY: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (4, {"pp": 2}),
     (2, {"cp": 2}),
-    (8, {"tp": 2, "pp": 2}),
+    (4, {"tp": 2, "pp": 2}),
 ]
 
 

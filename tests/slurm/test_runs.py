@@ -29,7 +29,7 @@ def squeue(*job_ids):
     return done.stdout
 
 
-def check_resumed(launcher, run_id, undisturbed, reasons, timeout=150):
+def check_resumed(launcher, run_id, undisturbed, reasons, timeout=300):
     value = launcher.wait(run_id, "finished", timeout=timeout)
     assert [attempt["reason"] for attempt in value["attempts"]] == [*reasons, "finished"]
     assert launcher.losses(run_id) == undisturbed
@@ -76,7 +76,7 @@ def test_requeued_by_an_administrator(launcher, undisturbed):
 def test_the_time_limit_is_survived(launcher, undisturbed):
     # The warning is due 100 s before the limit of 120 s, in the middle of the run.
     run_id = launcher.submit(*TINY, "cluster.partition=short", "cluster.time=2", "cluster.signal_s=105")
-    value = launcher.wait(run_id, "finished", timeout=200)
+    value = launcher.wait(run_id, "finished", timeout=300)
     reasons = [attempt["reason"] for attempt in value["attempts"]]
     assert reasons[-1] == "finished"
     assert set(reasons[:-1]) <= {"timeout"}
@@ -255,7 +255,7 @@ def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
     cluster.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
-    value = launcher.wait(run_id, "finished", timeout=250)
+    value = launcher.wait(run_id, "finished", timeout=300)
     assert len(value["attempts"]) == 2
     # The node itself is healthy here and may be used again at once; that SLURM took the job off it is what counts.
     assert value["attempts"][0]["reason"] in ("node_failure", "preempted")
