@@ -95,13 +95,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "interleaved": (2, {"dist__pp": 2, "dist__pp_schedule": "interleaved", "dist__pp_stages_per_rank": 2}),
     "fsdp_pp": (4, {"dist__pp": 2}),
     "fsdp_tp_pp": (8, {"dist__pp": 2, "dist__tp": 2}),
-    "hsdp_tp": (8, {"dist__dp_replicate": 2, "dist__tp": 2}),
     "tp_pp_cp": (8, {"dist__pp": 2, "dist__tp": 2, "dist__cp": 2}),
 }
 
 
 # Ties are cut by sharding the vocabulary, and by having the ends on two stages.
-TIED = ("fsdp", "fsdp_tp", "fsdp_pp", "interleaved", "fsdp_tp_pp")
+TIED = ("fsdp", "fsdp_tp", "fsdp_pp", "interleaved")
 
 
 @pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in LAYOUTS), *((name, True) for name in TIED)])
