@@ -14,10 +14,9 @@ from tests.llm.harness import Attempt, start, tiny, trajectory
 STEPS = 18
 # Each goes on for a few steps from where the one before stopped: ranks, and what is set of ``dist``.
 JOURNEY: list[tuple[int, dict[str, Any]]] = [
-    (4, {"dp_replicate": 2}),
+    (2, {"dp_replicate": 2}),
     (4, {"tp": 2}),
-    (1, {}),
-    (4, {"pp": 2}),
+    (2, {"pp": 2}),
     (2, {"cp": 2}),
     (4, {"tp": 2, "pp": 2}),
 ]
