@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from llmops.runs.records import Run, RunRecord, create_run, load_run, register_job
@@ -25,6 +26,10 @@ from tests.launcher.harness import TINY, Launcher
 
 # One cluster for the whole session, whichever folder asks for it first.
 from tests.slurm.fixtures import scratch, slurm  # noqa: F401
+
+# How long an example takes says something of the machine, nothing of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 S3_READY_S = 40.0
 BUCKET = "runs"

@@ -34,7 +34,7 @@ SHOWN = {
     "dashboard.md": ['"name":"shown"', "the dashboard ended with 0"],
     "notifications.md": ["finished on local after 1 attempt", "give env:NAME", "exit code 2"],
     "top.md": ["needs a terminal", "exit code 2"],
-    "logs.md": ["hello from 0", "rank 1 on", "IndexError: list index out of range", "exit code 1"],
+    "logs.md": ["hello from 1", "rank 1 on", "IndexError: list index out of range", "exit code 1"],
     "profiling.md": [
         "events.out.tfevents.000000",
         "rank00001.000000.json",

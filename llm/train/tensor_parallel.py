@@ -35,24 +35,22 @@ HEADS = 2  # and that of (B, T, H, E)
 def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     """Split ``model``, on the meta device, over the ranks of the one-dimensional ``mesh``."""
     by_position = Shard(POSITIONS)
+    plan = {
+        "attention_norm": SequenceParallel(sequence_dim=POSITIONS),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.q_norm": SequenceParallel(sequence_dim=HEADS, use_local_output=True),
+        "attention.k_norm": SequenceParallel(sequence_dim=HEADS, use_local_output=True),
+        "attention.wo": RowwiseParallel(output_layouts=by_position),
+        "ffn_norm": SequenceParallel(sequence_dim=POSITIONS),
+        "ffn.gate": ColwiseParallel(),
+        "ffn.up": ColwiseParallel(),
+        "ffn.down": RowwiseParallel(output_layouts=by_position),
+    }
     for block in model.blocks.values():
-        parallelize_module(
-            block,
-            mesh,
-            {
-                "attention_norm": SequenceParallel(sequence_dim=POSITIONS),
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.q_norm": SequenceParallel(sequence_dim=HEADS, use_local_output=True),
-                "attention.k_norm": SequenceParallel(sequence_dim=HEADS, use_local_output=True),
-                "attention.wo": RowwiseParallel(output_layouts=by_position),
-                "ffn_norm": SequenceParallel(sequence_dim=POSITIONS),
-                "ffn.gate": ColwiseParallel(),
-                "ffn.up": ColwiseParallel(),
-                "ffn.down": RowwiseParallel(output_layouts=by_position),
-            },
-        )
+        there = {name for name, _ in block.named_modules()}  # not every model has norms of queries and keys
+        parallelize_module(block, mesh, {name: style for name, style in plan.items() if name in there})
         for part in (cast("Block", block).attention, cast("Block", block).ffn):
             part.register_forward_pre_hook(_all_positions)
     if hasattr(model, "embedding"):

@@ -113,7 +113,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), RULES)
 def test_whatever_the_rules_what_must_stay_stays(data, keep):
     wanted = data.draw(st.lists(st.integers(0, 100), unique=True, max_size=12))

@@ -95,7 +95,14 @@ def test_a_port_that_cannot_be_opened_is_a_warning(exporter, tmp_path, monkeypat
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv(BIND, f"127.0.0.1:{taken.getsockname()[1]}" if bind == "taken" else bind)
         exporter.start()
-        said = until(lambda: capfd.readouterr().err, "a warning")
+        said = ""
+
+        def whole_line() -> bool:
+            nonlocal said
+            said += capfd.readouterr().err
+            return said.endswith("\n")
+
+        until(whole_line, "a warning")
     assert said.startswith("warning: no metrics are served at LLMOPS_METRICS_BIND=")
     assert said.count("\n") == 1
     step(exporter)
