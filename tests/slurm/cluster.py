@@ -155,7 +155,7 @@ def job(jobid: str) -> dict[str, str]:
     return next(iter(jobs(jobid)), {})
 
 
-def wait_job(jobid: str, timeout: float = 20, **fields: str) -> dict[str, str]:
+def wait_job(jobid: str, timeout: float = 60, **fields: str) -> dict[str, str]:
     """Wait until the job's fields match regular expressions, as in `wait_job(j, JobState="RUNNING|COMPLETING")`."""
     seen: dict[str, str] = {}
 
@@ -172,12 +172,12 @@ def wait_job(jobid: str, timeout: float = 20, **fields: str) -> dict[str, str]:
     return seen
 
 
-def wait_running(jobid: str, timeout: float = 20) -> dict[str, str]:
+def wait_running(jobid: str, timeout: float = 60) -> dict[str, str]:
     """Wait until the job runs."""
     return wait_job(jobid, timeout, JobState="RUNNING")
 
 
-def wait_file(path: Path, timeout: float = 20) -> str:
+def wait_file(path: Path, timeout: float = 60) -> str:
     """Wait until the file holds a full line and return its text."""
 
     def text() -> str:
@@ -242,7 +242,7 @@ def node_down(node: str) -> Iterator[None]:
         resume(node)
 
 
-def accounting(jobid: str, *fields: str, timeout: float = 15, until: str = r"(?!PENDING|RUNNING)\w+.*") -> list[str]:
+def accounting(jobid: str, *fields: str, timeout: float = 60, until: str = r"(?!PENDING|RUNNING)\w+.*") -> list[str]:
     """The last row of `sacct -X` once its state matches `until`; slurmdbd hears of changes a moment later."""
     wanted = ["state", *fields]
 

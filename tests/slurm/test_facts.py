@@ -104,7 +104,7 @@ def test_a_lost_node_requeues_the_job(submit: Submit, tmp_path: Path) -> None:
         assert (record["JobState"], record["Restarts"]) == ("COMPLETING", "1")
         wait_job(jobid, JobState="PENDING", Restarts="1")
         run(["scancel", jobid])
-    wait_for(lambda: cluster.attempts(jobid)[0] == "NODE_FAIL", 10, "sacct -D to show the lost attempt")
+    wait_for(lambda: cluster.attempts(jobid)[0] == "NODE_FAIL", 60, "sacct -D to show the lost attempt")
 
 
 def test_a_requeue_in_the_trap_brings_a_cancelled_job_back(submit: Submit, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_requeued_job_is_held_for_two_minutes(submit: Submit, tmp_path: Path) 
     requeue(jobid)
     record = wait_job(jobid, JobState="PENDING", Reason="BeginTime")
     assert 110 < seconds_until(record["StartTime"]) <= 122
-    wait_for(lambda: cluster.attempts(jobid) == ["REQUEUED", "PENDING"], 10, "sacct -D to show both attempts")
+    wait_for(lambda: cluster.attempts(jobid) == ["REQUEUED", "PENDING"], 60, "sacct -D to show both attempts")
 
 
 def test_an_ordinary_user_cuts_the_hold_while_completing_but_not_while_running(submit: Submit, scratch: Path) -> None:
@@ -169,10 +169,10 @@ def test_an_ordinary_user_cuts_the_hold_while_completing_but_not_while_running(s
     started = time.monotonic()
     wait_job(jobid, 30, JobState="RUNNING", Restarts="1")
     assert time.monotonic() - started < 20
-    wait_for(lambda: (scratch / "starts").read_text() == "unset\n1\n", 5, "SLURM_RESTART_COUNT of the second attempt")
+    wait_for(lambda: (scratch / "starts").read_text() == "unset\n1\n", 60, "SLURM_RESTART_COUNT of the second attempt")
     assert logs["append"].read_text().count("one\n") == 2
     wait_job(other, 30, JobState="RUNNING", Restarts="1")
-    wait_for(lambda: logs["default"].read_text() == "one\n", 5, "the default open mode to truncate the log")
+    wait_for(lambda: logs["default"].read_text() == "one\n", 60, "the default open mode to truncate the log")
 
 
 def test_a_start_that_comes_before_the_end_of_the_job_is_forgotten(submit: Submit, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_the_last_element_of_an_array_has_the_id_of_the_array(
     def tasks_restarted() -> bool:
         return {j["ArrayTaskId"] for j in jobs(array) if j["Restarts"] == "1"} == restarted
 
-    wait_for(tasks_restarted, 10, f"elements {restarted} to be requeued")
+    wait_for(tasks_restarted, 60, f"elements {restarted} to be requeued")
 
 
 @pytest.mark.parametrize("kill", ["0", "1"])

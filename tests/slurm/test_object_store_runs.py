@@ -32,7 +32,7 @@ def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_p
     assert "attempt 1 ended: finished" in output
     assert "[0/0] step" in remote.ok("logs", run_id)
     assert "[1/0] step" in remote.ok("logs", run_id)
-    remote.wait_for(lambda: remote.alive(run_id) == [], 20, "all processes to be gone", run_id)
+    remote.wait_for(lambda: remote.alive(run_id) == [], 60, "all processes to be gone", run_id)
 
 
 def test_a_log_folder_that_is_not_there_is_refused(remote):

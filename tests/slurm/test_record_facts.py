@@ -44,7 +44,7 @@ def exited() -> dict[int, str]:
 def test_accounting_drops_bit_7_of_the_exit_code(code: int, exited: dict[int, str]) -> None:
     # The state reaches the accounting first, and the code with a later message.
     expected = ["FAILED", EXIT_CODES[code]]
-    wait_for(lambda: accounting(exited[code], "exitcode") == expected, 20, f"the exit code of job {exited[code]}")
+    wait_for(lambda: accounting(exited[code], "exitcode") == expected, 60, f"the exit code of job {exited[code]}")
 
 
 def test_scontrol_keeps_the_whole_exit_code(exited: dict[int, str]) -> None:
@@ -56,7 +56,7 @@ def test_each_attempt_has_a_row_for_those_who_ask_for_duplicates(submit: Submit,
     wait_file(tmp_path / "up")
     preempt("n1")
     wait_job(jobid, JobState="PENDING", Restarts="1")
-    wait_for(lambda: cluster.attempts(jobid) == ["PREEMPTED", "PENDING"], 10, "sacct -D to show both attempts")
+    wait_for(lambda: cluster.attempts(jobid) == ["PREEMPTED", "PENDING"], 60, "sacct -D to show both attempts")
     sacct = ["sacct", "-X", "-j", jobid]
     assert run([*sacct, "-n", "-P", "-o", "state,start"]).stdout.splitlines()[0].split("|")[0] == "PENDING"
     assert len(run([*sacct, "-n", "-P", "-o", "state"]).stdout.splitlines()) == 1
@@ -68,7 +68,7 @@ def test_each_attempt_has_a_row_for_those_who_ask_for_duplicates(submit: Submit,
 
 def test_a_held_job_is_missing_from_what_sacct_lists_by_time(submit: Submit) -> None:
     jobid = submit("true", "--hold")
-    wait_for(lambda: cluster.attempts(jobid) == ["PENDING"], 10, "sacct to know the job")
+    wait_for(lambda: cluster.attempts(jobid) == ["PENDING"], 60, "sacct to know the job")
     assert jobid not in run(["sacct", "-X", "-n", "-P", "-S", "now-1hour", "-o", "jobid"]).stdout.split()
 
 
@@ -108,7 +108,7 @@ def test_a_heterogeneous_job_is_requeued_through_its_leader_alone(submit: Submit
     assert components["0"] == leader
     assert run(["scontrol", "requeue", components["1"]], check=False).returncode == 1
     requeue(leader)
-    wait_for(lambda: {each["Restarts"] for each in jobs(leader)} == {"1"}, 20, "both components to be requeued")
+    wait_for(lambda: {each["Restarts"] for each in jobs(leader)} == {"1"}, 60, "both components to be requeued")
 
 
 # ---- for programs ---------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def rest(scratch: Path) -> Iterator[Path]:
             stderr=log,
         )
     try:
-        wait_for(path.exists, 20, "slurmrestd to listen")
+        wait_for(path.exists, 60, "slurmrestd to listen")
         yield path
     finally:
         daemon.kill()

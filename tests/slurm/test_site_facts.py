@@ -40,7 +40,7 @@ def limits(site: None) -> Iterator[None]:
 def known(field: str, value: str) -> None:
     """Wait until slurmctld has heard of a limit from slurmdbd."""
     show = ["scontrol", "-o", "show", "assoc_mgr", f"users={USER}", "flags=assoc"]
-    wait_for(lambda: f"{field}={value}" in run(show).stdout, 10, f"slurmctld to know {field}={value}")
+    wait_for(lambda: f"{field}={value}" in run(show).stdout, 60, f"slurmctld to know {field}={value}")
 
 
 def sbatch(*options: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +82,7 @@ def test_more_jobs_than_may_run_pend(limits: None) -> None:
 def test_more_time_than_the_qos_allows_pends(limits: None) -> None:
     sacctmgr("add", "qos", "brief", "MaxWall=1")
     sacctmgr("modify", "user", USER, "set", "qos+=brief")
-    wait_for(lambda: sbatch("--hold", "--qos=brief").returncode == 0, 10, "slurmctld to know the QOS")
+    wait_for(lambda: sbatch("--hold", "--qos=brief").returncode == 0, 60, "slurmctld to know the QOS")
     result = sbatch("--qos=brief", "--time=10")
     assert result.returncode == 0
     wait_job(result.stdout.strip(), JobState="PENDING", Reason="QOSMaxWallDurationPerJobLimit")

@@ -74,7 +74,7 @@ def test_what_is_on_the_command_line_can_be_read_by_every_user(submit: Submit) -
         sacct = ["sacct", "-X", "-n", "-P", "-j", jobid, "-o", "SubmitLine"]
         return "TOKEN=secret" in run(sacct, user="llmops", cwd="/").stdout
 
-    wait_for(shown, 10, "the command line to be in the accounting")
+    wait_for(shown, 60, "the command line to be in the accounting")
 
 
 def test_export_none_reaches_inner_steps_unless_srun_says_otherwise(submit: Submit, tmp_path: Path) -> None:
