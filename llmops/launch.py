@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from llm.data.precheck import check_sources
+from llm.utils.config import ConfigError
 from llmops import __version__, agent_zip, backends
 from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
 from llmops.config import notify_rules
@@ -63,6 +65,11 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
         from llmops.plan import check_fits
 
         check_fits(config)
+    if not config.command:
+        try:
+            check_sources(config)
+        except ConfigError as error:
+            raise UserError(str(error)) from error
     name = check_name(config.name or (Path(config.command[0]).name if config.command else config.model.name))
     backend = backends.load(backend_of(config))
     url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")

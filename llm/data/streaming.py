@@ -1,98 +1,133 @@
-"""Training batches whose position is one integer: the number of sequences that the run has gone past.
-
-Which window of the text sequence n is follows from (seed, n) alone, never from the number of ranks, of loader processes
-or of sequences in a batch. So a commit needs only n to continue exactly, also on another number of ranks.
-"""
+"""What a run reads, from its config: the sources, their mixture, and batches from any position on."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
-from itertools import chain
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import torch
-from torch import Tensor
+from llm.data.format import TokenizerRecord
+from llm.data.order import Order, Picks, Position
+from llm.data.reading import Reader, Rows, Share
+from llm.data.source import Opened, open_source, recorded_tokenizer
+from llm.data.tokenizer import Tokenizer
+from llm.utils.config import ConfigError, TrainingConfig
+from llm.utils.storage import Storage, open_storage
 
-from llm.data.permutation import mix, permute
-from llm.utils.config import ConfigError
-
-Ranges = tuple[tuple[int, int], ...]  # sequences [first, last) of a global batch
+ONLY = "data"  # the name of the source where there is one
+TOKENIZER = "tokenizer"  # folder of a run directory
 
 
-class Windows:
-    """Fixed windows over a text. Map-style: item ``ranges`` is this rank's rows of the global batch that they make up,
-    uint8 (rows, seq_len + 1).
+class Stream:
+    """The data of a run, for one rank's ``share`` of every batch.
 
-    Window i starts at byte i x seq_len; its last byte is also the first of the next window: the target of its last
-    position. An epoch visits each window once, in an order of its own; a global batch may span two epochs.
+    ``first_place(step)`` is the first place of the stream that ``step`` trains on, where no batch was left out: weights
+    that change at a step do so there.
     """
 
-    def __init__(self, text: memoryview, seq_len: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.seq_len, self.seed, self.rank, self.world_size = seq_len, seed, rank, world_size
-        self.count = (len(text) - 1) // seq_len  # windows in an epoch
-        if self.count < 1:
+    def __init__(self, config: TrainingConfig, share: Share, first_place: Callable[[int], int]) -> None:
+        data, seq_len = config.data, config.train.seq_len
+        self.config, self.share = config, share
+        places = {f"data.mixture.{name}.source": (name, each.source) for name, each in data.mixture.items()}
+        if data.source is not None:
+            places = {"data.source": (ONLY, data.source)}
+        self.sources: dict[str, Opened] = {
+            name: open_source(key, place, data, seq_len) for key, (name, place) in sorted(places.items())
+        }
+        self.tokenizer = self._tokenizer()
+        weights = {name: each.weight for name, each in data.mixture.items()} or {ONLY: 1.0}
+        self.order = Order(
+            {name: each.train.size for name, each in self.sources.items()},
+            {
+                name: [(0, given)]
+                if isinstance(given, float | int)
+                else [(first_place(max(step, 1)), share) for step, share in given]
+                for name, given in weights.items()
+            },
+            config.train.seed,
+            data.epochs,
+        )
+        trained = [self.sources[name].train for name in self.order.names]
+        self.reader = Reader(trained, seq_len, data.num_workers, data.prefetch, data.document_mask)
+        self._fill_caches()
+
+    def batches(self, picks: Iterable[Picks]) -> Iterator[tuple[Picks, Rows]]:
+        """This rank's rows of each of ``picks``, read ahead."""
+        return self.reader.batches(self.order, picks, self.share)
+
+    def held_out(self, rows: int, batches: int) -> Iterator[tuple[str, Rows]]:
+        """This rank's rows of the first ``batches`` held-out batches of each source, and its name; ``rows`` in all."""
+        for name in self.order.names:
+            for each in self.reader.held_out(self.sources[name].validation, rows, batches, self.share):
+                yield name, each
+
+    def epochs(self, position: Position) -> dict[str, float]:
+        """How often each source has been gone through."""
+        return {name: position.counts.get(name, 0) / each.train.size for name, each in self.sources.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides which tokens a sample of a source holds, and in which order they come."""
+        return {
+            "sources": {name: each.fingerprint for name, each in self.sources.items()},
+            "tokenizer": self.tokenizer.sha256,
+            "train.seq_len": self.config.train.seq_len,
+            "train.seed": self.config.train.seed,
+        }
+
+    def load_tokenizer(self) -> Tokenizer:
+        """What turns text into this data's tokens, and back. Raises ConfigError."""
+        return recorded_tokenizer(self.tokenizer, self._folder())
+
+    def keep_tokenizer(self, storage: Storage) -> None:
+        """Lay the tokenizer's file into a run directory, so that its checkpoints can be used without the data."""
+        if self.tokenizer.file is not None:
+            content = open_storage(self._folder()).read(self.tokenizer.file)
+            storage.replace(f"{TOKENIZER}/{self.tokenizer.file}", content)
+
+    def _folder(self) -> str:
+        """Where the tokenizer's file lies, if it has one."""
+        return next((each.storage.url for each in self.sources.values() if each.storage is not None), "")
+
+    def close(self) -> None:
+        """End what works in the background."""
+        self.reader.close()
+        for each in self.sources.values():
+            if each.cache is not None:
+                each.cache.close()
+
+    def _tokenizer(self) -> TokenizerRecord:
+        """The one of all sources. Raises ConfigError where they differ, or the model has too few tokens for it."""
+        data, model = self.config.data, self.config.model
+        (first, opened), *others = self.sources.items()
+        found = opened.tokenizer
+        for name, each in others:
+            if each.tokenizer.sha256 != found.sha256:
+                raise ConfigError(
+                    f"data.mixture: {first} was made with the tokenizer {found.name} and {name} with "
+                    f"{each.tokenizer.name}: prepare them with the same"
+                )
+        if data.tokenizer is not None:
+            from llm.data.tokenizer import load_tokenizer
+
+            if load_tokenizer(data.tokenizer).sha256 != found.sha256:
+                raise ConfigError(
+                    f"data.tokenizer={data.tokenizer} is not what made {data.source or 'data.mixture'} ({found.name}): "
+                    "leave data.tokenizer out, or prepare the data with it"
+                )
+        if found.vocab_size > model.vocab_size:
             raise ConfigError(
-                f"train.seq_len={seq_len} is longer than the text's {len(text)} bytes: lower it or give more text"
+                f"model.vocab_size={model.vocab_size} is smaller than the {found.vocab_size} tokens of the data's "
+                f"tokenizer {found.name}: raise it"
             )
-        self.tokens = _view(text)
+        return found
 
-    def window(self, sequence: int) -> int:
-        """Index of the window that is ``sequence`` of the run."""
-        epoch, index = divmod(sequence, self.count)
-        return permute(index, self.count, mix(self.seed) + epoch)
-
-    def __getitem__(self, ranges: Ranges) -> Tensor:
-        sequences = list(chain.from_iterable(range(*each) for each in ranges))
-        rows = len(sequences) // self.world_size
-        starts = [self.window(each) * self.seq_len for each in sequences[self.rank * rows : (self.rank + 1) * rows]]
-        return torch.stack([self.tokens[start : start + self.seq_len + 1] for start in starts])
-
-
-def held_out_batches(
-    text: memoryview, seq_len: int, global_batch: int, batches: int, rank: int, world_size: int
-) -> Iterator[Tensor]:
-    """This rank's rows of the first ``batches`` batches of the held-out text, in order: (rows, seq_len + 1) each.
-
-    Fewer when the text is short; the last batch is cut so that every rank has equally many rows.
-    """
-    count = (len(text) - 1) // seq_len
-    tokens = _view(text)
-    for batch in range(batches):
-        first = batch * global_batch
-        rows = (min(first + global_batch, count) - first) // world_size
-        if rows < 1:
-            return
-        starts = [(first + rank * rows + row) * seq_len for row in range(rows)]
-        yield torch.stack([tokens[start : start + seq_len + 1] for start in starts])
-
-
-def batches(windows: Windows, wanted: Iterable[Ranges], num_workers: int) -> Iterator[Tensor]:
-    """The items of ``windows`` that are ``wanted``, in order, fetched by ``num_workers`` processes (0 = none)."""
-    if num_workers == 0:
-        return (windows[ranges] for ranges in wanted)
-    from torch.utils.data import DataLoader
-
-    loader: DataLoader[Tensor] = DataLoader(
-        windows,  # type: ignore[arg-type]
-        batch_size=None,  # an item is already a batch
-        sampler=wanted,
-        num_workers=num_workers,
-        worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork",  # a spawned worker would import torch again: seconds at every start
-    )
-    return iter(loader)
-
-
-def _ignore_signals(_: int) -> None:
-    """Some process trackers signal the whole tree: a worker that died of it would take its rank down, unsaved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _view(text: memoryview) -> Tensor:
-    """The text as a tensor, without a copy. torch warns that it may not be written to; nothing here writes."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(text, dtype=torch.uint8)
+    def _fill_caches(self) -> None:
+        """Keep datasets of object stores on this node, the smallest first, as long as whole ones fit."""
+        left = self.config.data.cache_gb * 1e9
+        turn, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cached = [each.cache for each in self.sources.values() if each.cache is not None]
+        for cache in sorted(cached, key=lambda each: each.bytes):
+            if cache.bytes > left:
+                break
+            left -= cache.bytes
+            cache.fill(turn, of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -9,7 +10,10 @@ from typing import Protocol
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
+    name: str
+    sha256: str  # of what decides which ids a text has
     vocab_size: int
+    end: int | None  # what ends a document
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -19,7 +23,10 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token per UTF-8 byte."""
 
+    name = "bytes"
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
     vocab_size = 256
+    end: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import newest_commit, read_manifest
+from llm.data.streaming import TOKENIZER
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
 from llm.train.pieces import local_pieces
@@ -69,6 +70,20 @@ def load_model(config: TrainingConfig, run_url: str, device: torch.device) -> tu
     return model.eval(), commit
 
 
+def load_run_tokenizer(run_url: str, commit: Commit) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises ConfigError where the run directory has another one."""
+    storage = open_storage(run_url)
+    names = storage.list(TOKENIZER)
+    found = load_tokenizer(f"{run_url.rstrip('/')}/{TOKENIZER}/{names[0]}" if names else "bytes")
+    wanted = read_manifest(storage, commit).state.get("data", {}).get("tokenizer")
+    if wanted not in (None, found.sha256):  # an imported checkpoint knows none
+        raise ConfigError(
+            f"{commit.path} was trained with a tokenizer whose SHA-256 is {wanted[:12]}…, and {run_url}/{TOKENIZER} "
+            f"has {found.name} ({found.sha256[:12]}…): restore the file"
+        )
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a continuation of each prompt; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llm.inference.generate", description="Let a trained model write.")
@@ -83,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
         model, commit = load_model(config, options.run_url, device)
+        tokenizer = load_run_tokenizer(options.run_url, commit)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     print(f"step {commit.step}, {commit.path}", file=sys.stderr)
     texts = generate(
         model,
-        load_tokenizer(config.data.tokenizer),
+        tokenizer,
         options.prompt,
         options.tokens,
         options.temperature,

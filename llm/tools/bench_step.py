@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from llm.data.reading import Rows
 from llm.model.init import init_weights
 from llm.train.dist import Layout
 from llm.train.optim import build, clip_coefficient
@@ -24,12 +24,13 @@ class BenchStep:
             init_weights(part, config.train.seed, config.model)
         self.optimizer = build(self.passes.named_parameters(), config.train, config.model)
 
-    def rows(self, generator: torch.Generator) -> Tensor:
+    def rows(self, generator: torch.Generator) -> Rows:
         """This rank's rows (R, seq_len + 1) of a global batch, drawn evenly from the vocabulary."""
         rows = self.train.global_batch_size // self.layout.dp
-        return torch.randint(self.passes.config.model.vocab_size, (rows, self.train.seq_len + 1), generator=generator)
+        shape = (rows, self.train.seq_len + 1)
+        return Rows(torch.randint(self.passes.config.model.vocab_size, shape, generator=generator))
 
-    def __call__(self, rows: Tensor) -> float:
+    def __call__(self, rows: Rows) -> float:
         """One update from this rank's ``rows`` (R, seq_len + 1); returns the mean loss over all ranks' tokens."""
         train = self.train
         tokens = train.global_batch_size * train.seq_len

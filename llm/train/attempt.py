@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from llm.checkpoint.format import CheckpointError, Commit
 from llm.checkpoint.lineage import folders, newest_commit
+from llm.data.format import DataError
 from llm.train.checkpoint import Checkpointer
 from llm.train.control import Control
 from llm.train.dist import lay_out
@@ -56,12 +57,13 @@ def run_attempt(
         checkpointer.check_store()  # before the first line of metrics: it says best what is wrong
         together(world, f"cannot write to {storage.url}", lambda: metrics.open(storage, attempt) if rank == 0 else None)
         if rank == 0:
+            trainer.stream.keep_tokenizer(storage)
             run_id = os.environ.get("LLMOPS_RUN_ID") or storage.url.rstrip("/").rpartition("/")[2]
             sinks.open(config.logging, storage, attempt, run_id, msgspec.to_builtins(config))
         trainer.start(resume)
         metrics.write("phase", phase="loaded", step=trainer.progress.step)
         return trainer.run()
-    except (CheckpointError, FloatingPointError, OSError) as error:
+    except (CheckpointError, DataError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from llm.data.source import Text
-from llm.data.streaming import held_out_batches
-from llm.data.tokenizer import load_tokenizer
+from llm.data.streaming import Stream
+from llm.data.tokenizer import Tokenizer
 from llm.inference.generate import generate
 from llm.train.control import Control
 from llm.train.step import Passes
 from llm.utils.config import TrainingConfig
 
 
-def held_out_loss(config: TrainingConfig, passes: Passes, text: Text, control: Control) -> float | None:
-    """Mean loss per token of the held-out text, 0 where there is none. None where a stop request cut it short.
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean losses per token: of everything, None where nothing is held out, and of each source that holds some out."""
+
+    loss: float | None
+    sources: dict[str, float]
+
+
+def held_out_loss(config: TrainingConfig, passes: Passes, stream: Stream, control: Control) -> HeldOut | None:
+    """The loss of what no source trains on. None where a stop request cut it short.
 
     All ranks call it together and get the same.
     """
-    layout, world = passes.layout, passes.layout.world
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for rows in held_out_batches(
-        text.held_out,
-        config.train.seq_len,
-        config.train.global_batch_size,
-        config.eval.batches,
-        layout.dp_rank,
-        layout.dp,
-    ):
+    world = passes.layout.world
+    totals: dict[str, Tensor] = {}
+    for name, rows in stream.held_out(config.train.global_batch_size, config.eval.batches):
         control.heartbeat("evaluate")
         loss = passes.evaluate(rows)[1]
         mine = [passes.tokens(rows), float(control.stop_requested())]
-        total += world.sum(torch.cat((loss.double().view(1), torch.tensor(mine, device=world.device))))
-        if total[2]:
+        found = world.sum(torch.cat((loss.double().view(1), torch.tensor(mine, device=world.device))))
+        totals[name] = totals[name] + found if name in totals else found
+        if found[2]:
             return None
-    return float(total[0] / total[1]) if total[1] else 0.0
+    sources = {name: float(each[0] / each[1]) for name, each in totals.items() if each[1]}
+    if not sources:
+        return HeldOut(None, {})
+    everything = torch.stack(list(totals.values())).sum(0)
+    return HeldOut(float(everything[0] / everything[1]), sources)
 
 
-def samples(config: TrainingConfig, passes: Passes) -> str | None:
+def samples(config: TrainingConfig, passes: Passes, tokenizer: Tokenizer) -> str | None:
     """Continuations of ``eval.sample_prompts``, the same on every rank; None where there is nothing to write.
 
     Where the model is spread so that it cannot write, the text says so.
@@ -53,7 +60,7 @@ def samples(config: TrainingConfig, passes: Passes) -> str | None:
         stack.enter_context(torch.no_grad())
         texts = generate(
             passes.logits,
-            load_tokenizer(config.data.tokenizer),
+            tokenizer,
             wanted.sample_prompts,
             wanted.sample_tokens,
             wanted.temperature,

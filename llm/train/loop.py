@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llm.checkpoint.format import Commit
-from llm.data.source import load_text
-from llm.data.streaming import Ranges, Windows, batches
+from llm.data.order import Picks, Position
+from llm.data.reading import Rows, Share
+from llm.data.streaming import Stream
 from llm.model.init import init_weights
 from llm.train.checkpoint import Checkpointer, Event
 from llm.train.control import EXIT_STOPPED, Control
@@ -26,8 +27,8 @@ from llm.train.logging import Metrics
 from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.pretrained import open_pretrained
-from llm.train.progress import Progress, check_identity, config_digest, data_identity
-from llm.train.rates import global_batch, last_step, learning_rate
+from llm.train.progress import Progress, check_identity, config_digest
+from llm.train.rates import global_batch, last_step, learning_rate, samples_after
 from llm.train.schedule import SaveSchedule
 from llm.train.sinks import Sinks
 from llm.train.step import Passes
@@ -60,8 +61,8 @@ class Trainer:
         trace = Trace(storage, checkpointer.attempt, rank) if config.logging.trace else None
         self.phases = Phases(device, trace, config.profile.nvtx)
         self.profiler = Profiler(config.profile, rank, device, storage, checkpointer.attempt)
-        self.text = load_text(config.data.source, config.data.validation_fraction)
-        self.windows = Windows(self.text.train, train.seq_len, train.seed, layout.dp_rank, layout.dp)
+        share = Share(layout.dp_rank, layout.dp)
+        self.stream = Stream(config, share, lambda step: samples_after(step - 1, train))
         self.throughput = Throughput(config.model, train, self.world.size, device)
         self.passes = Passes(config, layout)
         parameters = self.passes.named_parameters()
@@ -70,7 +71,7 @@ class Trainer:
         self.guard = Guard(train)
         self.last_step = last_step(train)
         self.progress = Progress()
-        self.over = False  # rank 0 has said so: there is no time left for another step
+        self.over = False  # there is no time left for another step, as rank 0 has said, or no data
         self.schedule = SaveSchedule(config.checkpoint, storage, rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
         self.stalled_s = 0.0  # in which saves held this attempt up so far
@@ -91,6 +92,7 @@ class Trainer:
         if resume is not None:
             self.saved, state = self.checkpointer.load_newest(resume)
             self.restore(state)
+            self.over = self.stream.order.over(self.position())
             return
         if self.config.train.init_from is not None:
             open_pretrained(self.config.train.init_from, self.config.model).fill(self.passes.named_parameters())
@@ -129,28 +131,37 @@ class Trainer:
         """Is there no step left?"""
         return self.over or self.progress.step >= self.last_step
 
-    def data(self) -> Iterator[Tensor]:
-        """This rank's rows of every global batch to come."""
-        return batches(self.windows, self.coming(), self.config.data.num_workers)
+    def position(self) -> Position:
+        """Where in the stream the run is."""
+        return Position(self.progress.samples, self.progress.counts)
 
-    def coming(self) -> Iterator[Ranges]:
-        """The sequences of every global batch to come."""
-        position = self.progress.samples
+    def data(self) -> Iterator[tuple[Picks, Rows]]:
+        """What every global batch to come is made of, and this rank's rows of it."""
+        return self.stream.batches(self.coming())
+
+    def coming(self) -> Iterator[Picks]:
+        """Every global batch to come."""
+        position, left_out = self.position(), list(self.guard.left_out)
         for step in range(self.progress.step + 1, self.last_step + 1):
-            ranges = take(position, global_batch(step, self.config.train), self.guard.left_out)
-            position = ranges[-1][1]
-            yield tuple(ranges)
+            picks = self.stream.order.take(
+                position, take(position.samples, global_batch(step, self.config.train), left_out)
+            )
+            yield picks
+            if picks.over:
+                return
+            position = picks.after
 
-    def train_step(self, data: Iterator[Tensor]) -> bool:
-        """One step on this rank's rows (R, seq_len + 1) of the next global batch. Returns whether to stop."""
+    def train_step(self, data: Iterator[tuple[Picks, Rows]]) -> bool:
+        """One step on this rank's rows of the next global batch. Returns whether to stop."""
         began = time.perf_counter()
         with self.phases("data"):
-            rows = next(data)
+            picks, rows = next(data)
         train, world, progress = self.config.train, self.world, self.progress
         step = progress.step + 1
         size = global_batch(step, train)
         ranges = take(progress.samples, size, self.guard.left_out)
-        sums = self.passes.train(rows, size * train.seq_len, self.phases)
+        positions = size * train.seq_len
+        sums = self.passes.train(rows, positions, self.phases)
 
         with self.phases("optimizer"), torch.no_grad():
             # The step's one small reduction: the loss, the norm for clipping, and what the others must know.
@@ -164,12 +175,14 @@ class Trainer:
             mine = torch.tensor([self.passes.tokens(rows), *flags], dtype=torch.float64, device=world.device)
             total = world.sum(torch.cat((sums[1:].double(), self.passes.norm_squares().view(1), mine)))
             loss, squares, tokens, stops, saves, failures, over = total.tolist()
-            self.save_wanted, self.over = bool(saves), bool(over)
-            loss, norm = loss / tokens, squares**0.5
+            self.save_wanted, self.over = bool(saves), bool(over) or picks.over
+            # Gradients are those of the sum over ``positions``, of which only ``tokens`` count.
+            share = positions / max(tokens, 1)
+            loss, norm = loss / max(tokens, 1), squares**0.5 * share
             verdict = self.guard.judge(step, loss, norm)
             lr = learning_rate(step, train)
             if verdict == "go":
-                if (coefficient := clip_coefficient(norm, train.grad_clip)) < 1:
+                if (coefficient := share * clip_coefficient(norm, train.grad_clip)) != 1:
                     torch._foreach_mul_(self.optimizer.gradients(), coefficient)
                 self.checkpointer.fence()
                 self.optimizer.step(lr)
@@ -186,12 +199,12 @@ class Trainer:
             self.roll_back(step, loss, norm, ranges)
             return bool(stops)
         seconds = time.perf_counter() - began
-        progress.step, progress.samples = step, ranges[-1][1]
+        progress.step, progress.samples, progress.counts = step, picks.after.samples, picks.after.counts
         progress.loss = loss if verdict == "go" else progress.loss
-        progress.tokens += size * train.seq_len
+        progress.tokens += positions
         progress.trained_s += seconds
         self.control.heartbeat("train", step)
-        self.report(loss, norm, lr, size * train.seq_len, seconds, skipped=verdict == "skip")
+        self.report(loss, norm, lr, positions, tokens / positions, seconds, skipped=verdict == "skip")
         self.note(self.checkpointer.poll())
         return bool(stops)
 
@@ -242,21 +255,33 @@ class Trainer:
         if self.average is not None:
             self.checkpointer.fence()
         with averaged, self.phases("evaluate"):
-            value = held_out_loss(self.config, self.passes, self.text, self.control)
-        if value is None:
+            found = held_out_loss(self.config, self.passes, self.stream, self.control)
+        if found is None:
             return True
         self.progress.evaluated = self.progress.step
-        if value:
-            self.progress.evaluation_loss = value
-            self.exporter.evaluated(value)
-            self.metrics.write("eval", step=self.progress.step, loss=value)
-            self.sinks.write("eval", self.progress.step, loss=value)
+        if found.loss is not None:
+            self.progress.evaluation_loss = found.loss
+            several = len(found.sources) > 1
+            values = {
+                "loss": found.loss,
+                **({f"loss/{name}": each for name, each in found.sources.items()} if several else {}),
+            }
+            self.exporter.evaluated(found.loss)
+            self.metrics.write("eval", step=self.progress.step, **values)
+            self.sinks.write("eval", self.progress.step, **values)
             if self.world.rank == 0:
-                print(f"step {self.progress.step:>7}  held-out loss {value:.4f}", flush=True)
+                parts = "".join(f"  {name} {each:.4f}" for name, each in found.sources.items()) if several else ""
+                print(f"step {self.progress.step:>7}  held-out loss {found.loss:.4f}{parts}", flush=True)
         return False
 
-    def report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float, skipped: bool) -> None:
-        """The step's line in the metrics and in the log. What it says of a save is of the one before the step."""
+    def report(
+        self, loss: float, norm: float, lr: float, tokens: int, counted: float, seconds: float, skipped: bool
+    ) -> None:
+        """The step's line in the metrics and in the log. What it says of a save is of the one before the step.
+
+        ``counted`` is the share of the ``tokens`` that the loss is the mean of: not padding, nor a prompt, nor the
+        first token of a document.
+        """
         step, every = self.progress.step, self.config.train.log_every
         mfu = self.throughput.mfu(tokens / seconds)
         parts = self.phases.take(step)
@@ -271,6 +296,8 @@ class Trainer:
             "lr": lr,
             "grad_norm": norm,
             "tokens": self.progress.tokens,
+            "counted": counted,
+            **{f"epoch/{name}": done for name, done in self.stream.epochs(self.position()).items()},
             "tokens_per_s": tokens / seconds,
             "step_s": seconds,
             "mfu": mfu,
@@ -321,7 +348,7 @@ class Trainer:
         return {
             **self.progress.state(),
             "guard": self.guard.state(),
-            "data": data_identity(self.config, self.text.fingerprint),
+            "data": self.stream.identity(),
             "config_sha256": config_digest(self.config),
             "made_by": self.made_by,
         }
@@ -355,11 +382,12 @@ class Trainer:
             updates = state["imported"]["values"].get("optimizer.step")
             self.progress.step, self.progress.updates = step, updates if isinstance(updates, int) else step
             self.optimizer.steps = self.progress.updates
-            self.progress.samples = step * self.config.train.global_batch_size
+            position = self.stream.order.position(samples_after(step, self.config.train))
+            self.progress.samples, self.progress.counts = position.samples, position.counts
             if self.world.rank == 0:
                 print(f"note: an imported checkpoint: the data goes on at batch {step} of this text", flush=True)
             return
-        check_identity(data_identity(self.config, self.text.fingerprint), state["data"])
+        check_identity(self.stream.identity(), state["data"])
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
         changed = note(state["made_by"], self.made_by) if self.config.train.deterministic else None
@@ -386,7 +414,7 @@ class Trainer:
     def finish(self) -> int:
         """All steps are made and saved: write a few lines with the model, into the log and ``samples.txt``."""
         self.control.heartbeat("sample")
-        page = samples(self.config, self.passes)
+        page = samples(self.config, self.passes, self.stream.load_tokenizer())
         if page is not None and self.world.rank == 0:
             print(page, flush=True)
             self.storage.replace("samples.txt", page.encode())
@@ -400,4 +428,5 @@ class Trainer:
         self.metrics.close()
         self.sinks.close()
         self.phases.close()
+        self.stream.close()
         self.checkpointer.close()

@@ -40,8 +40,11 @@ class Pipeline:
         self.losses: list[Tensor] = []  # of the micro-batches of this step, on the last stage: (2) each
         self._schedules: dict[int, Any] = {}
 
-    def run(self, tokens: Tensor, targets: Tensor, backward: bool) -> Tensor:
-        """Sums of losses (2) of ``tokens`` and ``targets`` (N x rows, T); zeros where there is no last stage."""
+    def run(self, tokens: Tensor, targets: Tensor, documents: Tensor | None, backward: bool) -> Tensor:
+        """Sums of losses (2) of ``tokens`` and ``targets`` (N x rows, T); zeros where there is no last stage.
+
+        ``documents`` (N x rows, all positions of a row), as the model takes them.
+        """
         micro = tokens.shape[0] // self.rows
         schedule = self._schedule(micro)
         first = self.stages[0].first
@@ -49,6 +52,8 @@ class Pipeline:
         self.losses = []
         inputs = (tokens,) if first else ()
         given = {"targets": targets} if last else {}
+        if documents is not None:
+            given["documents"] = documents
         # The last stage gives losses already: its loss function only picks one.
         run = schedule.step if backward else schedule.eval
         run(*inputs, target=targets if last else None, losses=[] if last else None, **given)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)  # of these, by source
     updates: int = 0  # steps whose update was not skipped
     tokens: int = 0  # trained on
     trained_s: float = 0.0  # in steps, over all attempts
@@ -29,6 +31,7 @@ class Progress:
         return {
             "step": self.step,
             "data_position": self.samples,
+            "data_counts": dict(self.counts),
             "updates": self.updates,
             "tokens": self.tokens,
             "trained_s": self.trained_s,
@@ -43,6 +46,7 @@ class Progress:
         return cls(
             step=state["step"],
             samples=state["data_position"],
+            counts=state["data_counts"],
             updates=state["updates"],
             tokens=state["tokens"],
             trained_s=state["trained_s"],
@@ -52,24 +56,24 @@ class Progress:
         )
 
 
-def data_identity(config: TrainingConfig, fingerprint: str) -> dict[str, Any]:
-    """Everything that decides which tokens a sequence of the stream holds; ``fingerprint`` names the text."""
-    return {
-        "text": fingerprint,
-        "train.seq_len": config.train.seq_len,
-        "train.seed": config.train.seed,
-        "data.tokenizer": config.data.tokenizer,
-        "data.validation_fraction": config.data.validation_fraction,
-    }
-
-
 def check_identity(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise ConfigError where a checkpoint's data position means nothing in this stream."""
-    if changed := [key for key in mine if mine[key] != theirs.get(key)]:
-        changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine[key]}" for key in changed)
+    """Raise ConfigError where a checkpoint's data position means nothing in this stream.
+
+    Sources may come and go; those that stay must be what they were.
+    """
+    before = theirs.get("sources", {})
+    changed = {key: (theirs.get(key), value) for key, value in mine.items() if key != "sources"}
+    changed |= {f"the data of {name}": (before.get(name), value) for name, value in mine["sources"].items()}
+    known = {key: pair for key, pair in changed.items() if pair[0] is not None or not key.startswith("the data of")}
+    if wrong := [f"{key}: {old} -> {new}" for key, (old, new) in known.items() if old != new]:
         raise ConfigError(
-            f"the checkpoint's data position belongs to another stream ({changes}): "
+            f"the checkpoint's data position belongs to another stream ({', '.join(wrong)}): "
             "restore the values or start a new run"
+        )
+    if not set(before) & set(mine["sources"]):
+        raise ConfigError(
+            f"the checkpoint's data position is in the sources {', '.join(before)}, and none of these is configured: "
+            "name one of them in data.mixture, or start a new run"
         )
 
 

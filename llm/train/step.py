@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from llm.data.reading import Rows
 from llm.model.transformer import Transformer
 from llm.train.dist import Layout, parallelize
 from llm.train.phases import Phases
@@ -84,24 +85,24 @@ class Passes:
 
     # --- passes ----------------------------------------------------------------------------------------------------
 
-    def train(self, rows: Tensor, global_tokens: int, phases: Phases) -> Tensor:
-        """Gradients of the mean loss over ``global_tokens`` positions, accumulated over the micro-batches of ``rows``.
+    def train(self, rows: Rows, positions: int, phases: Phases) -> Tensor:
+        """Gradients of the sum of losses over ``positions``, accumulated over the micro-batches of ``rows``.
 
         ``rows`` (R, T + 1) are this rank's of the global batch. Returns sums over its positions, float32 (2): what is
         trained on, and the cross-entropy alone; zeros on ranks whose losses are another's too (Layout.speaks).
         """
-        # FSDP averages gradients over its ranks, and the loss is the mean over the tokens of all of them. Gradients are
-        # reduced after every micro-batch: holding them back would need a whole unsharded copy.
-        scale = self.layout.gathered / global_tokens
+        # FSDP averages gradients over its ranks; ``positions`` are those of all of them. Gradients are reduced after
+        # every micro-batch: holding them back would need a whole unsharded copy.
+        scale = self.layout.gathered / positions
         if self.pipeline is not None:
             self.pipeline.scale = scale
             with phases("pipeline"):  # forward and backward alternate
-                sums = self.pipeline.run(*self._split(rows), backward=True)
+                sums = self.pipeline.run(*self._split(rows), rows.documents, backward=True)
                 if self.tied is not None:
                     self.tied.reduce()
         else:
             sums = torch.zeros(2, device=self.device)
-            for micro in torch.split(rows, self.config.train.micro_batch_size):
+            for micro in rows.split(self.config.train.micro_batch_size):
                 with phases("forward"):
                     losses = self._losses(micro)
                 with phases("backward"):
@@ -110,15 +111,14 @@ class Passes:
         return sums if self.layout.speaks else torch.zeros_like(sums)
 
     @torch.no_grad()
-    def evaluate(self, rows: Tensor) -> Tensor:
+    def evaluate(self, rows: Rows) -> Tensor:
         """The same sums (2) without gradients."""
         size = self.config.train.micro_batch_size
         sums = torch.zeros(2, device=self.device)
         if self.pipeline is not None:
-            tokens, targets = self._padded(*self._split(rows))
-            sums = self.pipeline.run(tokens, targets, backward=False)
+            sums = self.pipeline.run(*self._padded(*self._split(rows), rows.documents), backward=False)
         else:
-            for micro in torch.split(rows, size):
+            for micro in rows.split(size):
                 sums += self._losses(micro)
         return sums if self.layout.speaks else torch.zeros_like(sums)
 
@@ -132,19 +132,23 @@ class Passes:
             logits: Tensor = self.parts[0](padded)
         return logits[:, :length]
 
-    def tokens(self, rows: Tensor) -> int:
-        """Positions of ``rows`` whose losses this rank gives; their sum over all ranks is the number of tokens."""
-        return rows.shape[0] * self.config.train.seq_len // self.layout.cp if self.layout.speaks else 0
+    def tokens(self, rows: Rows) -> int:
+        """Targets of ``rows`` that count and whose losses this rank gives; their sum over all ranks is their number."""
+        if not self.layout.speaks:
+            return 0
+        if rows.counted is None:
+            return len(rows) * self.config.train.seq_len // self.layout.cp
+        return int(self._own(rows.counted).sum())
 
     @property
     def can_generate(self) -> bool:
         """Does :meth:`logits` work in this layout?"""
         return self.layout.pp == 1 and self.layout.cp == 1
 
-    def _losses(self, rows: Tensor) -> Tensor:
+    def _losses(self, rows: Rows) -> Tensor:
         tokens, targets = self._split(rows)
         with self._precision():
-            losses: Tensor = self.parts[0](tokens, targets)
+            losses: Tensor = self.parts[0](tokens, targets, documents=rows.documents)
         return losses
 
     @contextlib.contextmanager
@@ -154,10 +158,13 @@ class Passes:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             yield
 
-    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Tokens and targets (R, T / cp) of rows (R, T + 1): the positions that this rank has."""
-        rows = rows.to(self.device, dtype=torch.int64)
-        return self._own(rows[:, :-1]), self._own(rows[:, 1:])
+        tokens = rows.tokens.to(self.device)
+        targets = tokens[:, 1:]
+        if rows.counted is not None:
+            targets = targets.where(rows.counted.to(self.device), IGNORED)
+        return self._own(tokens[:, :-1]), self._own(targets)
 
     def _own(self, x: Tensor) -> Tensor:
         if self.layout.cp == 1:
@@ -166,9 +173,15 @@ class Passes:
 
         return x[:, own_positions(x.shape[1], self.layout.cp, self.layout.cp_rank).to(x.device)]
 
-    def _padded(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _padded(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As many micro-batches as the pipeline wants; rows that are added do not count."""
         rows, turn = tokens.shape[0], self.config.train.micro_batch_size * self.layout.pp
-        missing = -rows % turn
+        more = (0, 0, 0, -rows % turn)
         pad = nn.functional.pad
-        return pad(tokens, (0, 0, 0, missing)), pad(targets, (0, 0, 0, missing), value=IGNORED)
+        return (
+            pad(tokens, more),
+            pad(targets, more, value=IGNORED),
+            documents if documents is None else pad(documents, more),
+        )

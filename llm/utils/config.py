@@ -144,12 +144,30 @@ class DistConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout_s: PositiveInt = 300
 
 
-class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the text comes from. ``embedded:shakespeare`` ships with the package; else a path or an fsspec URL."""
+class MixtureSource(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One source among several. ``weight`` is its share of the samples, relative to the others', or changes with the
+    step: ``[[1, 0.8], [5000, 0.5]]`` is 0.8 from step 1 on and 0.5 from step 5000 on."""
 
     source: str
-    tokenizer: Literal["bytes"] = "bytes"
-    num_workers: NonNegativeInt = 0
+    weight: PositiveFloat | list[tuple[PositiveInt, NonNegativeFloat]] = 1.0
+
+
+class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained on: one ``source``, or a ``mixture`` of several by name.
+
+    A source is ``embedded:shakespeare``, which ships with the package; the folder of a dataset that
+    ``llm.tools.prepare_data`` has made; or a text, read as bytes, whose end is held out. Paths or fsspec URLs.
+    """
+
+    source: str | None = None
+    mixture: dict[str, MixtureSource] = {}
+    tokenizer: str | None = None
+    epochs: PositiveInt | None = None
+    document_mask: bool = True
+    num_workers: NonNegativeInt = 2
+    prefetch: PositiveInt = 4
+    cache_gb: NonNegativeFloat = 10.0
+    cache_dir: str | None = None
     validation_fraction: Fraction = 0.05
 
 
@@ -274,11 +292,34 @@ def check(config: Any, world_size: int) -> None:
             f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
             "lower the first or raise the second"
         )
-    if data_vocab(config.data.tokenizer) > model.vocab_size:
+    _check_data(config.data)
+
+
+def _check_data(data: DataConfig) -> None:
+    if (data.source is None) == (not data.mixture):
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is smaller than the {data_vocab(config.data.tokenizer)} tokens of "
-            f"data.tokenizer={config.data.tokenizer}: raise it"
+            f"data.source={data.source} and data.mixture with {len(data.mixture)} sources: set exactly one of them"
         )
+    for name, each in data.mixture.items():
+        if not isinstance(each.weight, float | int):
+            steps = [step for step, _ in each.weight]
+            if not steps or steps[0] != 1 or steps != sorted(set(steps)):
+                raise ConfigError(
+                    f"data.mixture.{name}.weight={each.weight}: give [step, weight] pairs in order, the first at step 1"
+                )
+    changes = {
+        step: [
+            next((share for first, share in reversed(each.weight) if first <= step), 0.0)
+            for each in data.mixture.values()
+            if not isinstance(each.weight, float | int)
+        ]
+        for other in data.mixture.values()
+        if not isinstance(other.weight, float | int)
+        for step, _ in other.weight
+    }
+    fixed = any(isinstance(each.weight, float | int) for each in data.mixture.values())
+    if not fixed and (empty := [step for step, shares in changes.items() if not any(shares)]):
+        raise ConfigError(f"data.mixture: all weights are 0 from step {empty[0]} on: leave one above 0")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -395,8 +436,3 @@ def _check_rates(train: TrainConfig) -> None:
             f"train.warmup_steps + decay_steps = {train.warmup_steps + train.decay_steps} is more than "
             f"train.max_steps={train.max_steps}: lower one of them"
         )
-
-
-def data_vocab(tokenizer: str) -> int:
-    """Number of distinct tokens of a tokenizer known by name."""
-    return {"bytes": 256}[tokenizer]

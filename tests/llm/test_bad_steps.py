@@ -13,6 +13,7 @@ import torch
 
 from llm.checkpoint.lineage import newest_commit, read_manifest
 from llm.checkpoint.retention import Retention
+from llm.data.reading import Rows
 from llm.train.checkpoint import Checkpointer
 from llm.train.control import Control
 from llm.train.dist import lay_out
@@ -47,12 +48,15 @@ def trainer(run: Path, settings: TrainingConfig, attempt: int = 0) -> Trainer:
         settings, lay_out(settings.dist, world), storage, control, metrics, checkpointer, Exporter(control), Sinks()
     )
     metrics.open(storage, attempt)
-    marked = made.windows[((BAD * settings.train.global_batch_size, BAD * settings.train.global_batch_size + 1),)]
+    first = BAD * settings.train.global_batch_size
+    order = made.stream.order
+    picks = order.take(order.position(first), [(first, first + 1)])
+    marked = made.stream.sources["data"].train.row(int(order.indices(0, picks.ordinals)[0])).tokens
     train: Callable[..., torch.Tensor] = made.passes.train
 
-    def poisoned(rows: torch.Tensor, tokens: int, phases: Phases) -> torch.Tensor:
-        sums = train(rows, tokens, phases)
-        return sums * math.nan if any(torch.equal(row, marked[0]) for row in rows) else sums
+    def poisoned(rows: Rows, positions: int, phases: Phases) -> torch.Tensor:
+        sums = train(rows, positions, phases)
+        return sums * math.nan if any(row == marked.tolist() for row in rows.tokens.tolist()) else sums
 
     made.passes.train = poisoned  # type: ignore[method-assign]
     return made

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 import torch
 
+from llm.data.reading import Rows
 from llm.model.init import init_weights
-from llm.train.dist import lay_out
+from llm.train.dist import Layout, lay_out
 from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.step import Passes
@@ -49,8 +50,11 @@ def config(**changes: Any) -> TrainingConfig:
     return msgspec.convert(tree, TrainingConfig)
 
 
-def train(world: World, given: TrainingConfig) -> tuple[list[tuple[float, float]], float]:
-    """(loss, gradient norm) of each step, and the loss of an evaluation after them; on every rank."""
+def train(world: World, given: TrainingConfig, packed: bool = False) -> tuple[list[tuple[float, float]], float]:
+    """(loss, gradient norm) of each step, and the loss of an evaluation after them; on every rank.
+
+    ``packed``: rows hold several documents, and not every target counts.
+    """
     check(given, world.size)
     layout = lay_out(given.dist, world)
     passes = Passes(given, layout)
@@ -61,23 +65,38 @@ def train(world: World, given: TrainingConfig) -> tuple[list[tuple[float, float]
     batches = torch.randint(0, given.model.vocab_size, (STEPS, ROWS, POSITIONS + 1), generator=generator)
     held_out = torch.randint(0, given.model.vocab_size, (HELD_OUT, POSITIONS + 1), generator=generator)
     history, phases = [], Phases(world.device)
-    for rows in batches:
-        sums = passes.train(rows.chunk(layout.dp)[layout.dp_rank], ROWS * POSITIONS, phases)
+    for batch in batches:
+        rows = share(batch, layout, packed)
+        sums = passes.train(rows, ROWS * POSITIONS, phases)
         with torch.no_grad():
-            total = world.sum(torch.cat((sums.double(), passes.norm_squares().view(1))))
+            total = world.sum(torch.cat((sums.double(), passes.norm_squares().view(1), count(passes, rows))))
             norm = float(total[2]) ** 0.5
             torch._foreach_mul_(optimizer.gradients(), clip_coefficient(norm, 1.0))
             optimizer.step(0.01)
         optimizer.zero_grad()
-        history.append((float(total[1]) / (ROWS * POSITIONS), norm))
-    evaluated = world.sum(passes.evaluate(held_out.chunk(layout.dp)[layout.dp_rank]).double())
-    return history, float(evaluated[1]) / (HELD_OUT * POSITIONS)
+        history.append((float(total[1] / total[3]), norm))
+    rows = share(held_out, layout, packed)
+    evaluated = world.sum(torch.cat((passes.evaluate(rows).double(), count(passes, rows))))
+    return history, float(evaluated[1] / evaluated[2])
+
+
+def share(tokens: torch.Tensor, layout: Layout, packed: bool) -> Rows:
+    """This rank's rows of a batch."""
+    mine = tokens.chunk(layout.dp)[layout.dp_rank]
+    if not packed:
+        return Rows(mine)
+    documents = (mine[:, :-1] % 7 == 0).cumsum(1).int()
+    return Rows(mine, mine[:, 1:] % 7 != 0, documents)
+
+
+def count(passes: Passes, rows: Rows) -> torch.Tensor:
+    return torch.tensor([float(passes.tokens(rows))], dtype=torch.float64)
 
 
 @functools.cache
-def alone(**changes: Any) -> tuple[list[tuple[float, float]], float]:
+def alone(packed: bool = False, **changes: Any) -> tuple[list[tuple[float, float]], float]:
     torch.set_num_threads(1)
-    return train(World(0, 1, 0, torch.device("cpu"), False), config(**changes))
+    return train(World(0, 1, 0, torch.device("cpu"), False), config(**changes), packed)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -108,6 +127,35 @@ def test_it_trains_as_one_process(ranks: Ranks, name: str, tied: bool) -> None:
         assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
         assert [norm for _, norm in history] == pytest.approx([norm for _, norm in expected], rel=2e-4)
         assert value == pytest.approx(evaluated, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pp, not enough rows to evaluate", "interleaved", "fsdp_tp", "tp_pp_cp"])
+def test_packed_documents_train_as_on_one_process(ranks: Ranks, name: str) -> None:
+    size, changes = LAYOUTS[name]
+    expected, evaluated = alone(packed=True)
+    assert expected[0][0] != alone()[0][0][0]
+    for history, value in ranks(size, train, config(**changes), True):
+        assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert [norm for _, norm in history] == pytest.approx([norm for _, norm in expected], rel=2e-4)
+        assert value == pytest.approx(evaluated, rel=1e-5)
+
+
+def test_a_packed_row_has_the_losses_of_its_documents_alone() -> None:
+    given = config()
+    layout = lay_out(given.dist, World(0, 1, 0, torch.device("cpu"), False))
+    passes = Passes(given, layout)
+    init_weights(passes.parts[0], 0, given.model)
+    rows = share(torch.randint(0, 264, (4, POSITIONS + 1), generator=torch.Generator().manual_seed(5)), layout, True)
+    together = passes.evaluate(rows)[1]
+    assert rows.documents is not None
+    assert rows.counted is not None
+    alone = 0.0
+    for tokens, documents, counted in zip(rows.tokens, rows.documents, rows.counted, strict=True):
+        for number in documents.unique():
+            places = (documents == number).nonzero().flatten()
+            inputs, targets = tokens[places], tokens[places + 1].where(counted[places], -100)
+            alone += float(passes.parts[0](inputs[None], targets[None])[1])
+    assert float(together) == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hsdp", "fsdp_tp"])

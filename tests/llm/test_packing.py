@@ -67,7 +67,7 @@ def test_no_row_overflows_and_best_fit_is_near_the_least_number_of_rows(lengths:
         assert offset + length <= 64
         used[row * 64 + offset : row * 64 + offset + length] += 1
     assert used.max() == 1
-    # 11/9 of the fewest possible rows + 6/9 (Dosa, 2007), which are at most 1.5 times this bound (Martello, Toth, 1990).
+    # 11/9 of the fewest rows + 6/9 (Dosa, 2007); these are at most 1.5 times this bound (Martello, Toth, 1990).
     assert count <= 11 / 9 * max(-(-sum(lengths) // 64), sum(length > 32 for length in lengths)) * 1.5 + 1
 
 
