@@ -43,6 +43,7 @@ SHOWN = {
     ],
     "plan.md": ["parameters on 64 ranks", "layouts fit", "no layout of so few ranks", "exit code 2"],
     "training.md": ["finished", "held-out loss", "dist.tp=3 does not divide"],
+    "reading.md": ["one-epoch", "finished", "held-out loss", "down 5", "was packed for sequences of 128"],
     "saving.md": ["finished", "latest", "step_"],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],

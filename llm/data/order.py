@@ -75,8 +75,7 @@ class Order:
             counts += np.bincount(self.sources(at, first), minlength=len(counts))
             chosen = self.sources(first, last)
             numbers = np.empty_like(chosen)
-            for source in range(len(counts)):
-                own = np.flatnonzero(chosen == source)
+            for source, own in enumerate(_places(chosen, len(counts))):
                 numbers[own] = counts[source] + np.arange(own.size)
                 counts[source] += own.size
             sources.append(chosen)
@@ -97,6 +96,23 @@ class Order:
             return False
         following = int(self.sources(position.samples, position.samples + 1)[0])
         return position.counts.get(self.names[following], 0) >= int(self.sizes[following]) * self.epochs
+
+    def end(self, most: int) -> int:
+        """How many places the stream has, ``most`` if there are more, or if it does not end."""
+        if self.epochs is None:
+            return most
+        if len(self.names) == 1:
+            return min(most, int(self.sizes[0]) * self.epochs)
+        left = self.sizes * self.epochs
+        for first in range(0, most, CHUNK):
+            chosen = self.sources(first, min(first + CHUNK, most))
+            ends = [
+                own[left[number]] for number, own in enumerate(_places(chosen, len(left))) if own.size > left[number]
+            ]
+            if ends:
+                return first + int(min(ends))
+            left = left - np.bincount(chosen, minlength=len(left))
+        return most
 
     def position(self, samples: int) -> Position:
         """The one after the first ``samples`` places, had the weights always been what they are."""
@@ -135,6 +151,11 @@ class Order:
             ranks[np.argsort(drawn, kind="stable")] = np.arange(STRATUM)
             self._last = stratum, (ranks + 0.5) / STRATUM
         return self._last[1]
+
+
+def _places(chosen: NDArray[np.int64], sources: int) -> list[NDArray[np.int64]]:
+    """Where each source was chosen."""
+    return [np.flatnonzero(chosen == number) for number in range(sources)]
 
 
 def _at(weights: Sequence[tuple[int, float]], place: int) -> float:

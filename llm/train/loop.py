@@ -28,7 +28,7 @@ from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
 from llm.train.pretrained import open_pretrained
 from llm.train.progress import Progress, check_identity, config_digest
-from llm.train.rates import global_batch, last_step, learning_rate, samples_after
+from llm.train.rates import as_long_as_data, global_batch, last_step, learning_rate, samples_after
 from llm.train.schedule import SaveSchedule
 from llm.train.sinks import Sinks
 from llm.train.step import Passes
@@ -63,13 +63,14 @@ class Trainer:
         self.profiler = Profiler(config.profile, rank, device, storage, checkpointer.attempt)
         share = Share(layout.dp_rank, layout.dp)
         self.stream = Stream(config, share, lambda step: samples_after(step - 1, train))
+        self.train = as_long_as_data(train, self.stream.order.end(samples_after(train.max_steps, train)))
         self.throughput = Throughput(config.model, train, self.world.size, device)
         self.passes = Passes(config, layout)
         parameters = self.passes.named_parameters()
         self.optimizer = build(parameters, train, config.model)
         self.average = MovingAverage(parameters, train.ema_decay) if train.ema_decay else None
         self.guard = Guard(train)
-        self.last_step = last_step(train)
+        self.last_step = last_step(self.train)
         self.progress = Progress()
         self.over = False  # there is no time left for another step, as rank 0 has said, or no data
         self.schedule = SaveSchedule(config.checkpoint, storage, rank)
@@ -180,7 +181,7 @@ class Trainer:
             share = positions / max(tokens, 1)
             loss, norm = loss / max(tokens, 1), squares**0.5 * share
             verdict = self.guard.judge(step, loss, norm)
-            lr = learning_rate(step, train)
+            lr = learning_rate(step, self.train)
             if verdict == "go":
                 if (coefficient := share * clip_coefficient(norm, train.grad_clip)) != 1:
                     torch._foreach_mul_(self.optimizer.gradients(), coefficient)

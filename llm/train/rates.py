@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from llm.utils.config import TrainConfig
+import msgspec
+
+from llm.utils.config import ConfigError, TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -54,13 +56,34 @@ def samples_after(step: int, config: TrainConfig) -> int:
 
 def last_step(config: TrainConfig) -> int:
     """The step that ends the run: ``max_steps``, or the first one with ``max_tokens`` behind it."""
-    if config.max_tokens is None or samples_after(config.max_steps, config) * config.seq_len <= config.max_tokens:
+    if config.max_tokens is None:
         return config.max_steps
-    low, high = 1, config.max_steps  # the first step in [low, high] that is far enough
+    return step_with(-(-config.max_tokens // config.seq_len), config)
+
+
+def step_with(samples: int, config: TrainConfig) -> int:
+    """The first step with so many sequences behind it, ``max_steps`` at most."""
+    low, high = 1, config.max_steps
     while low < high:
         middle = (low + high) // 2
-        if samples_after(middle, config) * config.seq_len >= config.max_tokens:
+        if samples_after(middle, config) >= samples:
             high = middle
         else:
             low = middle + 1
     return low
+
+
+def as_long_as_data(config: TrainConfig, samples: int) -> TrainConfig:
+    """``config`` with no more steps than ``samples`` sequences are enough for, so that schedules end with the data.
+
+    Raises ConfigError where these steps are fewer than the schedule needs.
+    """
+    if samples >= samples_after(config.max_steps, config):
+        return config
+    steps, needed = step_with(samples, config), config.warmup_steps + config.decay_steps
+    if steps < needed:
+        raise ConfigError(
+            f"data.epochs: the data ends after {samples} samples, which are {steps} steps, fewer than "
+            f"train.warmup_steps + decay_steps = {needed}: lower these or raise data.epochs"
+        )
+    return msgspec.structs.replace(config, max_steps=steps)

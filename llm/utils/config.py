@@ -159,7 +159,7 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ``llm.tools.prepare_data`` has made; or a text, read as bytes, whose end is held out. Paths or fsspec URLs.
     """
 
-    source: str | None = None
+    source: str | None
     mixture: dict[str, MixtureSource] = {}
     tokenizer: str | None = None
     epochs: PositiveInt | None = None

@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "chats": {"source": str(folder / "packed"), "weight": [[1, 0.7], [20, 0.2]]},
         "web": {"source": str(folder / "plain"), "weight": 0.3},
     }
-    return {"mixture": mixture}
+    return {"source": None, "mixture": mixture}
 
 
 def config(data: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def test_an_epoch_ends_a_run_with_every_sample_once(data: dict[str, Any], tmp_pa
     learnt = sum(len(text) - 1 for text in documents(40, 4, 256)[4:])
     steps = lines(tmp_path / "run", 0, "step")
     assert sum(round(line["counted"] * 8 * 64) for line in steps) == learnt
+    assert steps[-1]["lr"] == pytest.approx(0.1 * 0.003), "the schedule ends where the data does"
     assert steps[-1]["epoch/data"] >= 1
     again = start(tmp_path / "run", given, ranks=1, attempt=1)
     assert again.finish() == [0]
@@ -115,7 +116,7 @@ def test_bad_data_ends_a_run_with_a_clear_line(data: dict[str, Any], tmp_path: P
 def test_a_resume_with_other_data_is_refused(data: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other"
     make(open_storage(str(other)), documents(300, 9, 256), vocab=256)
-    changed = {"mixture": data["mixture"] | {"web": {"source": str(other), "weight": 0.3}}}
+    changed = {"source": None, "mixture": data["mixture"] | {"web": {"source": str(other), "weight": 0.3}}}
     run = tmp_path / "run"
     first = start(run, config(data, train__max_steps=5), ranks=1)
     assert first.finish() == [0]
@@ -123,6 +124,6 @@ def test_a_resume_with_other_data_is_refused(data: dict[str, Any], tmp_path: Pat
     assert "belongs to another stream (the data of web" in refused.communicate(timeout=90)[0]
     assert refused.returncode == 2
     # A new source beside the old ones is no other stream.
-    added = {"mixture": data["mixture"] | {"more": {"source": str(other), "weight": 0.5}}}
+    added = {"source": None, "mixture": data["mixture"] | {"more": {"source": str(other), "weight": 0.5}}}
     assert start(run, config(added, train__max_steps=9), ranks=1, attempt=2).finish() == [0]
     assert state(run)["data_counts"]["more"] > 0

@@ -110,6 +110,7 @@ def test_a_limited_stream_has_every_sample_exactly_so_often(ranks: int, size: in
         position, over, batches = picks.after, picks.over, batches + 1
     assert seen == dict.fromkeys(range(size), epochs)
     assert batches == -(-size * epochs // (ranks * rows))
+    assert order.end(10**9) == size * epochs
 
 
 def test_a_limited_mixture_ends_before_a_source_begins_again() -> None:
@@ -122,6 +123,8 @@ def test_a_limited_mixture_ends_before_a_source_begins_again() -> None:
     count = Counter(source for source, _ in found)
     assert count[1] == 60
     assert 40 < count[0] < 80
+    assert order.end(10**9) == count[0] + count[1]
+    assert order.end(7) == 7
     assert 0 <= count[-1] < 16
 
 

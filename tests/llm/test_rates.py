@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.train.rates import global_batch, last_step, learning_rate, samples_after
-from llm.utils.config import TrainConfig
+from llm.train.rates import as_long_as_data, global_batch, last_step, learning_rate, samples_after
+from llm.utils.config import ConfigError, TrainConfig
 
 
 def config(**changes: object) -> TrainConfig:
@@ -76,3 +76,13 @@ def test_the_last_step_is_the_first_with_enough_tokens(tokens: int, grows: bool)
 
 def test_without_a_budget_of_tokens_the_steps_decide() -> None:
     assert last_step(msgspec.structs.replace(config(), max_tokens=None)) == 100
+
+
+def test_a_run_that_its_data_ends_has_its_schedule_end_there() -> None:
+    settings = config(max_steps=100, warmup_steps=5, global_batch_size=8)
+    assert as_long_as_data(settings, 800) is settings
+    shorter = as_long_as_data(settings, 161)
+    assert shorter.max_steps == last_step(shorter) == 21
+    assert learning_rate(21, shorter) == pytest.approx(shorter.lr * shorter.min_lr_ratio)
+    with pytest.raises(ConfigError, match="20 samples, which are 3 steps, fewer than train.warmup_steps"):
+        as_long_as_data(settings, 20)
