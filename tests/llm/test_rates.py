@@ -84,5 +84,5 @@ def test_a_run_that_its_data_ends_has_its_schedule_end_there() -> None:
     shorter = as_long_as_data(settings, 161)
     assert shorter.max_steps == last_step(shorter) == 21
     assert learning_rate(21, shorter) == pytest.approx(shorter.lr * shorter.min_lr_ratio)
-    with pytest.raises(ConfigError, match="20 samples, which are 3 steps, fewer than train.warmup_steps"):
+    with pytest.raises(ConfigError, match=r"20 samples, which are 3 steps, fewer than train\.warmup_steps"):
         as_long_as_data(settings, 20)
