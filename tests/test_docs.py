@@ -42,6 +42,7 @@ SHOWN = {
         "bit by bit",
     ],
     "plan.md": ["parameters on 64 ranks", "layouts fit", "no layout of so few ranks", "exit code 2"],
+    "tokenizers.md": ["wrote /tmp/", "2048 0 ", "To be, or not", "learnt: Nay, answer me.<|im_end|>", "exit code 2"],
     "training.md": ["finished", "held-out loss", "dist.tp=3 does not divide"],
     "reading.md": ["one-epoch", "finished", "held-out loss", "down 5", "was packed for sequences of 128"],
     "saving.md": ["finished", "latest", "step_"],

@@ -178,7 +178,7 @@ class JsonTokenizer:
         pattern = _pattern(described.get("pre_tokenizer"))
         if (normalizer and not self._composes) or pattern is None or model.get("type") != "BPE" or model.get("dropout"):
             return None
-        bpe, letters = self._library.model, _byte_letters()
+        bpe, letters = self._library.model, byte_letters()
 
         def encode(word: str) -> list[int]:
             return [token.id for token in bpe.tokenize(word.encode().decode("latin-1").translate(letters))]
@@ -202,7 +202,7 @@ def _pattern(described: Any) -> str | None:
     return None
 
 
-def _byte_letters() -> dict[int, int]:
+def byte_letters() -> dict[int, int]:
     """Byte -> the letter that stands for it in byte-level vocabularies (GPT-2's): itself if it can be seen."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in seen]

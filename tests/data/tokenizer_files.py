@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 from llm.data import words
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokenizer_json import _byte_letters, load_json
+from llm.data.tokenizer_json import byte_letters, load_json
 from llm.data.tokenizer_tiktoken import load_ranks
 from llm.data.tokenizer_training import SPECIAL, train_bpe
 
@@ -102,7 +102,7 @@ def json_tokenizer(kind: str) -> Tokenizer:
 
 def ranks_file() -> bytes:
     """The trained one's merges as tiktoken writes them."""
-    bytes_of = {letter: byte for byte, letter in {**dict(enumerate(range(256))), **_byte_letters()}.items()}
+    bytes_of = {letter: byte for byte, letter in {**dict(enumerate(range(256))), **byte_letters()}.items()}
     vocab: dict[str, Any] = json.loads(trained())["model"]["vocab"]
     tokens = [bytes(bytes_of[ord(letter)] for letter in text) for text in vocab if text not in SPECIAL]
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
