@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("--text", default="embedded:shakespeare", metavar="FILE", help="default: embedded:shakespeare")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    from llm.data.source import load_text
+    from llm.data.source import text_bytes
 
-    text = bytes(load_text(arguments.text, 0.0).train).decode()
+    text = bytes(text_bytes("--text", arguments.text)).decode()
     texts = [part for part in text.split("\n\n") if part]
     runs = contenders(texts)
     chosen = {name: runs[name] for name in arguments.contenders or runs}

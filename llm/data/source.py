@@ -125,7 +125,7 @@ def open_source(key: str, place: str, config: DataConfig, seq_len: int) -> Opene
         index = read_index(storage)
         if index is not None:
             return _dataset(key, place, storage, index, config, seq_len)
-    data = _read(key, place)
+    data = text_bytes(key, place)
     cut = len(data) - int(len(data) * config.validation_fraction)
     train, held_out = ByteSource(data[:cut], seq_len), ByteSource(data[cut:], seq_len)
     if not train.size:
@@ -208,7 +208,7 @@ def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _read(key: str, place: str) -> memoryview:
+def text_bytes(key: str, place: str) -> memoryview:
     """The bytes of a text; those of a local file are mapped, not read."""
     if place.startswith(EMBEDDED):
         file = resources.files("llm.data") / "corpus" / f"{place.removeprefix(EMBEDDED)}.txt.gz"

@@ -42,10 +42,10 @@ def load_json(name: str, data: bytes, beside: dict[str, bytes | None]) -> JsonTo
         settings = kept if kept is not None else _settings(beside)
         described = json.loads(data)
         if not isinstance(described["model"]["vocab"], dict | list):
-            raise TypeError("model.vocab")
+            raise TypeError("model.vocab is neither an object nor a list")
+        return JsonTokenizer(name, data, described, settings, frozenset())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"data.tokenizer={name}: no tokenizer.json of Hugging Face: {_told(error)}") from error
-    return JsonTokenizer(name, data, described, settings, frozenset())
 
 
 class JsonTokenizer:
@@ -118,7 +118,9 @@ class JsonTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ``tokens``, special ones as they are spelled in the file."""
-        text = self._library.decode([token for token in tokens if token < self.vocab_size], skip_special_tokens=False)
+        text = self._library.decode(
+            [token for token in tokens if 0 <= token < self.vocab_size], skip_special_tokens=False
+        )
         return re.sub(r"<\|[0-9a-f]{24}\|>", lambda match: self._spellings.get(match[0], match[0]), text)
 
     def with_special(self, spellings: frozenset[str]) -> Tokenizer:

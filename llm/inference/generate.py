@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
-        tokenizer = load_tokenizer(config.data.tokenizer)
         model, commit = load_model(config, options.run_url, device)
         tokenizer = load_run_tokenizer(options.run_url, commit)
     except (ConfigError, CheckpointError) as error:

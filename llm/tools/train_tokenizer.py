@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from llm.data.source import load_text
+from llm.data.source import text_bytes
 from llm.data.tokenizer_training import train_bpe
 from llm.utils.config import ConfigError
 from llm.utils.storage import open_storage
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 def parts(source: str) -> Iterator[str]:
     """The text of ``source`` in pieces that end where a line does. Raises ConfigError."""
     try:
-        text = bytes(load_text(source, 0.0).train).decode()
+        text = bytes(text_bytes("TEXT", source)).decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is no UTF-8: {error}") from error
     start = 0

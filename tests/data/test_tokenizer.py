@@ -33,7 +33,7 @@ from tests.data.tokenizer_files import (
     ranks_tokenizer,
 )
 
-LEVEL = ("trained", *SPLITS, "added")
+LEVEL = ("trained", *SPLITS, "added", "ignoring")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>", "<unk>", "<|endofprompt|>", *ADDED)
 pieces = st.one_of(
     st.text(max_size=8),
@@ -152,7 +152,7 @@ def test_no_text_makes_a_special_token_of_tiktoken(encoding: str) -> None:
 def test_special_tokens_are_told_and_unknown_ids_left_out() -> None:
     for tokenizer in (json_tokenizer("trained"), ranks_tokenizer("gpt2")):
         assert tokenizer.end is not None
-        assert tokenizer.decode([*tokenizer.encode("a b"), tokenizer.end, 10**6]) == "a b<|endoftext|>"
+        assert tokenizer.decode([*tokenizer.encode("a b"), tokenizer.end, 10**6, -1]) == "a b<|endoftext|>"
 
 
 def test_a_file_that_cuts_and_pads_does_neither_here() -> None:
@@ -205,6 +205,19 @@ def test_a_tokenizer_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
     assert all(same(loaded[0], other) for other in loaded)
     assert loaded[0].sha256 == hashlib.sha256(data).hexdigest()
     assert loaded[0].end == loaded[0].special["<|endoftext|>"]
+
+
+def test_a_folder_of_an_object_store(s3_server: str) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("s3")
+    store.pipe_file("runs/tokenizers/mine/tokenizer.json", json_file("trained"))
+    store.pipe_file("runs/tokenizers/mine/tokenizer_config.json", b'{"chat_template": "x"}')
+    tokenizer = load_tokenizer("s3://runs/tokenizers/mine")
+    assert same(tokenizer, load_tokenizer("s3://runs/tokenizers/mine/tokenizer.json"))
+    assert tokenizer.chat_template == "x"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_tokenizer("s3://runs/tokenizers/other")
 
 
 def test_what_lies_beside_goes_into_the_copy(tmp_path: Path) -> None:
@@ -261,6 +274,8 @@ def test_bytes_need_no_file() -> None:
         ("tokenizer.json", b"{", "no tokenizer.json of Hugging Face"),
         ("tokenizer.json", b"{}", "no 'model'"),
         ("tokenizer.json", b'{"model": {"type": "Odd", "vocab": {}}}', "no tokenizer.json of Hugging Face"),
+        ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [{"special": true}]}', "no 'content'"),
+        ("tokenizer.json", b'{"model": {"vocab": [["a"]]}}', "no tokenizer.json of Hugging Face"),
         ("tokenizer.json", b"\x80\x04pickle", "line 1 is no 'base64 rank'"),
         ("tokenizer.json", b"", "no rank for the byte 0x00"),
         ("x.tiktoken", b"IQ== 0\n", "no rank for the byte 0x00"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from llm.data.tokenizer import load_tokenizer
 from llm.data.tokenizer_json import load_json
 from llm.data.tokenizer_training import SMALLEST, train_bpe
+from llm.tools.train_tokenizer import main, parts
 from llm.utils.config import ConfigError
 from tests.data.tokenizer_files import corpus
 
@@ -34,3 +38,21 @@ def test_few_texts_give_few_tokens() -> None:
     for empty in ([], ["", ""]):
         with pytest.raises(ConfigError, match="corpus to train a tokenizer on is empty"):
             train_bpe(empty, 1000)
+
+
+def test_the_command_trains_on_files_and_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "folder" / "tokenizer.json"
+    text.write_text(corpus()[:200_000])
+    assert main([str(text), "--vocab-size", "400", "--output", str(output)]) == 0
+    assert load_tokenizer(str(output)).vocab_size == 400
+    assert "".join(parts(str(text))) == text.read_text()
+    assert len(list(parts(str(text)))) > 1
+    for arguments, told in (
+        ([str(text), "--vocab-size", "500", "--output", str(output)], "exists and is another tokenizer"),
+        ([str(text), "--vocab-size", "5", "--output", "x"], "vocab_size=5 is too small"),
+        ([f"{tmp_path}/absent", "--vocab-size", "500", "--output", "x"], "no such file"),
+        ([str(output.parent / "b"), "--vocab-size", "500", "--output", "x"], "is no UTF-8"),
+    ):
+        (output.parent / "b").write_bytes(b"\xff")
+        assert main(arguments) == 2
+        assert told in capsys.readouterr().err

@@ -54,6 +54,9 @@ def json_file(kind: str) -> bytes:
             described["added_tokens"].append(
                 {**described["added_tokens"][0], "id": VOCAB + at, "content": text, "special": False}
             )
+    elif kind == "ignoring":  # as Llama 3's: a word of the vocabulary is one token, whatever the merges say
+        described["model"]["ignore_merges"] = True
+        del described["model"]["merges"][-300:]
     elif kind == "prefixed":
         described["pre_tokenizer"]["add_prefix_space"] = True
     elif kind == "truncating":
