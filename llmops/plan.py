@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm.estimate.flops import flops_per_token
 from llm.estimate.hardware import HardwareConfig
 from llm.estimate.layouts import Layout, fitting, nearest
 from llm.estimate.memory import Memory, checkpoint_bytes, memory
-from llm.estimate.parameters import parameter_count
+from llm.estimate.parameters import adapter_parameters, parameter_count
+from llm.estimate.saving import Saving, saving
 from llm.estimate.timing import StepTime, step_time
 from llm.train.rates import last_step, samples_after
 from llmops.config.schema import RunConfig, world_size
 from llmops.errors import UserError
+from llmops.measured import measured
+from llmops.runs.model import Run
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,11 @@ class Plan:
 
     ranks: int
     parameters: int
+    trained: int  # of them, or of the adapters beside them
     flops_per_token: float
     memory: Memory  # of the rank that needs most
     checkpoint_bytes: float
+    saving: Saving
     steps: int
     tokens: int  # of the whole run
     hardware: HardwareConfig | None
@@ -68,11 +73,13 @@ class Plan:
         return {
             "ranks": self.ranks,
             "parameters": self.parameters,
+            "trained": self.trained,
             "flops_per_token": self.flops_per_token,
             "memory": {**self.memory.kinds(), "total": self.memory.total},
             "usable_bytes": None if self.hardware is None else self.hardware.usable_bytes,
             "fits": self.fits,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "saving": {**asdict(self.saving), "lost": self.saving.lost},
             "steps": self.steps,
             "tokens": self.tokens,
             "hardware": None if self.hardware is None else self.hardware.name,
@@ -84,25 +91,30 @@ class Plan:
         }
 
 
-def make(config: RunConfig) -> Plan:
-    """The plan of a checked configuration. Raises UserError for one's own program, of which nothing is known."""
+def make(config: RunConfig, like: Run | None = None) -> Plan:
+    """The plan of a checked configuration; what saves cost and how often runs are interrupted, as ``like`` was.
+
+    Raises UserError for one's own program, of which nothing is known.
+    """
     if config.command:
         raise UserError("llmops plan knows the built-in trainer alone: leave the command out")
     train, ranks = config.train, world_size(config)
-    end = last_step(train)
+    end, size = last_step(train), checkpoint_bytes(config.model, train, config.lora)
     hardware, peak = config.hardware, None
-    if hardware is not None:
+    if hardware is not None and train.float8 == "off":  # else there are two peaks
         peak = 1e12 * (hardware.bf16_tflops if train.dtype == "bfloat16" else hardware.fp32_tflops)
     return Plan(
         ranks=ranks,
         parameters=parameter_count(config.model),
-        flops_per_token=flops_per_token(config.model, train.seq_len),
-        memory=memory(config.model, train, config.dist, ranks),
-        checkpoint_bytes=checkpoint_bytes(config.model, train),
+        trained=adapter_parameters(config.model, config.lora) or parameter_count(config.model),
+        flops_per_token=flops_per_token(config.model, train.seq_len, config.lora),
+        memory=memory(config.model, train, config.dist, ranks, config.lora),
+        checkpoint_bytes=size,
+        saving=saving(size, config.cluster.nodes, None if like is None else measured(like)),
         steps=end,
         tokens=samples_after(end, train) * train.seq_len,
         hardware=hardware,
-        time=None if hardware is None else step_time(config.model, train, config.dist, ranks, hardware),
+        time=None if hardware is None else step_time(config.model, train, config.dist, ranks, hardware, config.lora),
         tokens_per_step=train.global_batch_size * train.seq_len,
         peak=peak,
     )
@@ -122,7 +134,7 @@ def check_fits(config: RunConfig) -> None:
     if config.hardware is None or config.command:
         return
     needed, usable = (
-        memory(config.model, config.train, config.dist, world_size(config)).total,
+        memory(config.model, config.train, config.dist, world_size(config), config.lora).total,
         config.hardware.usable_bytes,
     )
     if needed <= usable:

@@ -12,14 +12,16 @@ from llm.utils.config import PositiveFloat, PositiveInt, Struct
 class HardwareConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device of a kind, as its maker's data sheet has it; nodes as the maker's usual server has them.
 
-    Rates are dense, in TFLOP/s; memory in GiB; bandwidths in GB/s, per device and in one direction. ``achievable`` is
-    the share of a peak rate that large matrix products reach; ``price`` is of a device's hour, in any currency.
+    Rates are dense, in TFLOP/s, and ``float8_tflops`` is null where there are no such products; memory in GiB;
+    bandwidths in GB/s, per device and in one direction. ``achievable`` is the share of a peak rate that large matrix
+    products reach; ``price`` is of a device's hour, in any currency.
     """
 
     name: str
     memory_gib: PositiveFloat
     bf16_tflops: PositiveFloat
     fp32_tflops: PositiveFloat
+    float8_tflops: PositiveFloat | None = None
     memory_gb_s: PositiveFloat
     intra_node_gb_s: PositiveFloat
     inter_node_gb_s: PositiveFloat

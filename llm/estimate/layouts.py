@@ -41,9 +41,9 @@ def fitting(config: Any, world_size: int, hardware: HardwareConfig) -> list[Layo
             check(_With(config, train, dist), world_size)
         except ConfigError:
             continue
-        needed = memory(config.model, train, dist, world_size)
+        needed = memory(config.model, train, dist, world_size, config.lora)
         if needed.total <= hardware.usable_bytes:
-            time = step_time(config.model, train, dist, world_size, hardware)
+            time = step_time(config.model, train, dist, world_size, hardware, config.lora)
             found.append(Layout(_changes(config, train, dist, world_size), needed, time))
     return sorted(found, key=lambda layout: (layout.time.total, len(layout.changes)))
 
@@ -58,7 +58,7 @@ class _With:
     """A configuration with another layout."""
 
     def __init__(self, config: Any, train: TrainConfig, dist: DistConfig) -> None:
-        self.model, self.data, self.train, self.dist = config.model, config.data, train, dist
+        self.model, self.data, self.lora, self.train, self.dist = config.model, config.data, config.lora, train, dist
 
 
 def _candidates(config: Any, world_size: int, hardware: HardwareConfig) -> Iterator[tuple[TrainConfig, DistConfig]]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llm.estimate.parameters import block_parameters, stage_parameters
+from llm.estimate.parameters import adapter_parameters, block_parameters, stage_parameters
 from llm.estimate.stages import split_layers
-from llm.utils.config import DistConfig, ModelConfig, TrainConfig, data_parallel, head_size
+from llm.utils.config import (
+    LORA_OFF,
+    DistConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    data_parallel,
+    head_size,
+    target_shapes,
+)
 
 BLOCK = 64  # values that share a scale in adamw8bit
+FEWEST = 4096  # values of a matrix that it treats so
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,15 @@ class Memory:
         return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
 
-def memory(model: ModelConfig, train: TrainConfig, dist: DistConfig, world_size: int) -> Memory:
-    """Of the rank that needs most. Raises :class:`llm.utils.config.ConfigError` if the degrees do not fit."""
-    stages = split_layers(model, train.seq_len, dist.pp * dist.pp_stages_per_rank)
-    ranks = [_of_rank(model, train, dist, world_size, stages, rank) for rank in range(dist.pp)]
+def memory(
+    model: ModelConfig, train: TrainConfig, dist: DistConfig, world_size: int, lora: LoraConfig = LORA_OFF
+) -> Memory:
+    """Of the rank that needs most. Raises :class:`llm.utils.config.ConfigError` if the degrees do not fit.
+
+    Under ``lora`` gradients, optimizer and average are those of the adapters; activations are taken to be as without,
+    which is a little too much.
+    """
+    ranks = [memory_of(model, train, dist, world_size, lora, rank) for rank in range(dist.pp)]
     return max(ranks, key=lambda rank: rank.total)
 
 
@@ -75,17 +90,39 @@ def _in_blocks(model: ModelConfig) -> float:
     return 1 - outside / total
 
 
-def checkpoint_bytes(model: ModelConfig, train: TrainConfig) -> float:
-    """Of one whole checkpoint: float32 weights, the optimizer's state, and the average if there is one."""
+def checkpoint_bytes(model: ModelConfig, train: TrainConfig, lora: LoraConfig = LORA_OFF) -> float:
+    """Of one whole checkpoint: float32 weights, the optimizer's state, and the average if there is one; under ``lora``
+    of the adapters alone."""
+    if lora.rank:
+        each = 4 + 4 * (train.ema_decay > 0) + _adapter_state(model, train, lora)
+        return adapter_parameters(model, lora) * each
     blocks, around = stage_parameters(model, range(model.n_layers))
     matrices = model.n_layers * block_parameters(model)[0]
     total = blocks + around
     return total * (4 + 4 * (train.ema_decay > 0)) + optimizer_bytes(model, train, matrices, total - matrices)
 
 
-def _of_rank(
-    model: ModelConfig, train: TrainConfig, dist: DistConfig, world_size: int, stages: list[range], rank: int
+def _adapter_state(model: ModelConfig, train: TrainConfig, lora: LoraConfig) -> float:
+    """Bytes of optimizer state for each value of adapters, on average."""
+    if train.optimizer != "adamw8bit":
+        return 8.0
+    shapes = [target_shapes(model)[name] for name in lora.targets]
+    sizes = [(lora.rank * inner, inner) for _, inner in shapes] + [(out * lora.rank, lora.rank) for out, _ in shapes]
+    inside = sum(size for size, columns in sizes if size >= FEWEST and columns % BLOCK == 0)
+    share = inside / sum(size for size, _ in sizes)
+    return share * (2 + 2 * 4 / BLOCK) + (1 - share) * 8
+
+
+def memory_of(
+    model: ModelConfig,
+    train: TrainConfig,
+    dist: DistConfig,
+    world_size: int,
+    lora: LoraConfig,
+    rank: int,
 ) -> Memory:
+    """Of a rank that is ``rank``-th along the pipeline."""
+    stages = split_layers(model, train.seq_len, dist.pp * dist.pp_stages_per_rank)
     own = stages[rank :: dist.pp]
     dp = data_parallel(dist, world_size)
     shards = dp // dist.dp_replicate * dist.cp
@@ -94,7 +131,11 @@ def _of_rank(
     blocks = sum(stage_parameters(model, stage)[0] for stage in own) / dist.tp
     around = sum(stage_parameters(model, stage)[1] for stage in own) / dist.tp
     matrices = layers * block_parameters(model)[0] / dist.tp
-    values = (blocks + around) / shards
+    values = trained = (blocks + around) / shards
+    optimizer = optimizer_bytes(model, train, matrices / shards, values - matrices / shards)
+    if lora.rank:
+        trained = adapter_parameters(model, lora, layers, dist.tp, shards)
+        values, optimizer = values + trained, trained * _adapter_state(model, train, lora)
     last = own[-1].stop == model.n_layers
     positions = train.micro_batch_size * train.seq_len // dist.cp
 
@@ -119,17 +160,19 @@ def _of_rank(
         # Two blocks while the next one is fetched, and the gradient of one, also as float32 for its reduction. What is
         # around the blocks stays whole from forward to backward.
         held = 2 * block if dist.reshard_after_forward else blocks
-        gathered = size * (held + around) + (size + 4) * block
+        reduced = adapter_parameters(model, lora, 1, dist.tp) if lora.rank else block
+        gathered = size * (held + around) + (size + 4) * reduced
         # At the end activations are gone, and the gradients of what is around the blocks are reduced.
-        gathered = max(gathered, (2 * size + 4) * around - activations - workspace)
+        if not lora.rank:
+            gathered = max(gathered, (2 * size + 4) * around - activations - workspace)
     elif size == 2:
         # Autocast's copies of weights last as long as what is kept for the backward pass refers to them.
         gathered = 2.0 * (block if train.activation_checkpointing == "full" else blocks + around)
     return Memory(
         weights=4 * values,
-        gradients=4 * values,
-        optimizer=optimizer_bytes(model, train, matrices / shards, values - matrices / shards),
-        average=4 * values if train.ema_decay else 0.0,
+        gradients=4 * trained,
+        optimizer=optimizer,
+        average=4 * trained if train.ema_decay else 0.0,
         activations=activations,
         gathered=gathered,
         workspace=workspace,

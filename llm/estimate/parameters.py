@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm.utils.config import ModelConfig, head_size
+from llm.utils.config import LoraConfig, ModelConfig, head_size, target_shapes
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -31,3 +31,24 @@ def stage_parameters(config: ModelConfig, layers: range) -> tuple[int, int]:
     first, last = layers.start == 0, layers.stop == config.n_layers
     tables = 1 if first and last and config.tie_embeddings else first + last
     return len(layers) * sum(block_parameters(config)), tables * config.vocab_size * config.dim + last * config.dim
+
+
+def adapter_parameters(
+    config: ModelConfig, lora: LoraConfig, layers: int | None = None, tp: int = 1, shards: int = 1
+) -> int:
+    """Values of the adapters of ``layers`` (all) on the first of ``shards`` x ``tp`` ranks; 0 without adapters.
+
+    Of each half one is split over ``tp`` as its matrix is, and the other whole (:mod:`llm.train.lora`). Shards are of
+    whole rows, and A has only ``lora.rank`` of them: the first ranks may have all.
+    """
+    layers = config.n_layers if layers is None else layers
+    shapes = target_shapes(config)
+    total = 0
+    for name in lora.targets if lora.rank else ():
+        out, inner = shapes[name]
+        if name in ("wo", "down"):
+            inner //= tp
+        else:
+            out //= tp
+        total += -(-lora.rank // shards) * inner + -(-out // shards) * lora.rank
+    return layers * total

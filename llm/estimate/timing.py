@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from llm.estimate.flops import seen_positions
 from llm.estimate.hardware import HardwareConfig
 from llm.estimate.memory import kept_bytes, optimizer_bytes
-from llm.estimate.parameters import block_parameters, stage_parameters
+from llm.estimate.parameters import adapter_parameters, block_parameters, stage_parameters
 from llm.estimate.stages import split_layers
-from llm.utils.config import DistConfig, ModelConfig, TrainConfig, data_parallel, head_size
+from llm.utils.config import LORA_OFF, DistConfig, LoraConfig, ModelConfig, TrainConfig, data_parallel, head_size
 
 TOUCHED = 4  # times that the values kept for the backward pass go through memory: two writes and two reads
 
@@ -38,7 +38,12 @@ class StepTime:
 
 
 def step_time(
-    model: ModelConfig, train: TrainConfig, dist: DistConfig, world_size: int, hardware: HardwareConfig
+    model: ModelConfig,
+    train: TrainConfig,
+    dist: DistConfig,
+    world_size: int,
+    hardware: HardwareConfig,
+    lora: LoraConfig = LORA_OFF,
 ) -> StepTime:
     """Of the slowest stage. Raises :class:`llm.utils.config.ConfigError` if the degrees do not fit."""
     dp = data_parallel(dist, world_size)
@@ -47,6 +52,10 @@ def step_time(
     size = 2 if train.dtype == "bfloat16" else 4
     peak = 1e12 * (hardware.bf16_tflops if size == 2 else hardware.fp32_tflops)
     rate = hardware.achievable * peak
+    in_blocks = rate
+    if train.float8 != "off" and not train.float8_emulate and hardware.float8_tflops is not None:
+        in_blocks = hardware.achievable * 1e12 * hardware.float8_tflops
+    each_value = 4 if lora.rank else 6  # operations: frozen matrices have no gradients of their own
 
     stages = split_layers(model, train.seq_len, dist.pp * dist.pp_stages_per_rank)
     parts: list[StepTime] = []
@@ -56,8 +65,8 @@ def step_time(
         matrices = layers * block_parameters(model)[0] / dist.tp
         values = sum(sum(stage_parameters(model, stage)) for stage in own) / dist.tp
         head = model.vocab_size * model.dim / dist.tp if own[-1].stop == model.n_layers else 0
-        again = 4 / 3 if train.activation_checkpointing == "full" else 1.0  # the forward pass twice
-        products = passes * positions * 6 * (matrices * again + head) / rate
+        again = 2 * (train.activation_checkpointing == "full")  # the forward pass twice
+        products = passes * positions * (matrices * (each_value + again) / in_blocks + head * each_value / rate)
         # Causal attention looks at half of what it could see; its backward pass works the scores out once more.
         seen = sum(seen_positions(model, train.seq_len, stage) for stage in own) / 2
         each = 4 * seen * model.n_heads * head_size(model) / dist.tp
@@ -68,10 +77,14 @@ def step_time(
         shards = dp // dist.dp_replicate * dist.cp
         share = values / shards
         state = optimizer_bytes(model, train, matrices / shards, share - matrices / shards)
+        reduced = values
+        if lora.rank:
+            reduced = adapter_parameters(model, lora, layers, dist.tp)
+            share, state = reduced / shards, 8 * reduced / shards
         update = (12 * share + 2 * state + 12 * share * (train.ema_decay > 0)) / (1e9 * hardware.memory_gb_s)
 
         gathers = 2 if dist.reshard_after_forward else 1
-        exchanged = passes * values * (gathers * size + 4) * (shards - 1) / shards
+        exchanged = passes * (values * gathers * size + reduced * 4) * (shards - 1) / shards
         exchange = exchanged / _bandwidth(hardware, dist.tp * dist.cp * dp // dist.dp_replicate)
         if dist.dp_replicate > 1:
             copies = 2 * 4 * share * (dist.dp_replicate - 1) / dist.dp_replicate

@@ -14,6 +14,8 @@ from llm.checkpoint.lineage import newest_commit, read_manifest
 from llm.data.streaming import TOKENIZER
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
+from llm.train.base import check_base, fill, identity
+from llm.train.lora import add_adapters, trained
 from llm.train.pieces import local_pieces
 from llm.train.resharding import load as load_tensors
 from llm.train.world import World
@@ -62,11 +64,17 @@ def load_model(config: TrainingConfig, run_url: str, device: torch.device) -> tu
     commit = newest_commit(storage)
     if commit is None:
         raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
+    alone = World(0, 1, 0, device, grouped=False)
     with device:
         model = Transformer(config.model)
-    pieces = local_pieces({f"model.{name}": value for name, value in model.named_parameters()})
-    alone = World(0, 1, 0, device, grouped=False)
-    load_tensors(storage, commit, read_manifest(storage, commit), pieces, alone, prefixes=("model.",))
+    add_adapters(model, config.lora)
+    parameters = dict(model.named_parameters())
+    manifest = read_manifest(storage, commit)
+    if config.lora.rank:
+        fill(config, parameters)
+        check_base(identity(config, parameters, alone), manifest.state.get("base"))
+    pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
+    load_tensors(storage, commit, manifest, pieces, alone, prefixes=("model.",))
     return model.eval(), commit
 
 

@@ -13,6 +13,7 @@ Two sets of rules (``model.init``):
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,22 @@ def init_weights(model: nn.Module, seed: int, config: ModelConfig) -> None:
     Each tensor has its own generator, keyed by its name, on the CPU: neither the number of ranks, nor the order of
     modules, nor the kind of device changes a value. Costs the memory of the largest tensor.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            full = initial_value(name, tuple(parameter.shape), seed, config)
-            local(parameter).copy_(full[slices(parameter)])
+    init_parameters(dict(model.named_parameters()), seed, config)
+
+
+@torch.no_grad()
+def init_parameters(parameters: Mapping[str, nn.Parameter], seed: int, config: ModelConfig) -> None:
+    """The same for some parameters, by name."""
+    for name, parameter in parameters.items():
+        full = initial_value(name, tuple(parameter.shape), seed, config)
+        local(parameter).copy_(full[slices(parameter)])
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, config: ModelConfig) -> Tensor:
-    """The full float32 tensor that ``name`` starts from: normal for matrices, one for norms, zero for biases."""
+    """The full float32 tensor that ``name`` starts from: normal for matrices, one for norms, zero for biases
+    and for the second half of an adapter (:mod:`llm.train.lora`)."""
+    if name.endswith(".lora_b"):
+        return torch.zeros(shape)
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     if config.tie_embeddings and name == "head.weight":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("dcp", "torch", "hf")
+FORMATS = ("dcp", "torch", "hf", "peft")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names, safetensors' names
 
 
@@ -29,9 +29,10 @@ def arguments_of_export(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="dcp: for torch.distributed.checkpoint; torch: one file; hf: the weights, for transformers",
+        help="dcp: for torch.distributed.checkpoint; torch: one file; hf: the weights, for transformers, with "
+        "adapters merged; peft: adapters alone",
     )
     parser.add_argument(
         "--only", action="append", metavar="PREFIX", help="tensors whose names begin so (dcp, torch); may be repeated"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (hf; default: as saved)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (hf, peft; default: as saved)")

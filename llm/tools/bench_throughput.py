@@ -141,7 +141,7 @@ def measure(config: TrainingConfig, world: Any, warmup: int, steps: int) -> dict
         "step_s": middle,
         "step_s_p10": tenths[0],
         "step_s_p90": tenths[-1],
-        "mfu": Throughput(config.model, config.train, world.size, world.device).mfu(tokens / middle),
+        "mfu": Throughput(config.model, config.train, world.size, world.device, config.lora).mfu(tokens / middle),
         "gpu_bytes": None if memory is None else memory["peak"],
         "parts": {
             name: statistics.median(values)

@@ -17,7 +17,7 @@ from typing import Any
 from llm.checkpoint.format import CheckpointError, Commit, DamagedError
 from llm.checkpoint.lineage import newest_commit
 from llm.tools.arguments import DTYPES, arguments_of_export, arguments_of_import
-from llm.utils.config import ConfigError, ModelConfig
+from llm.utils.config import ConfigError, ModelConfig, load
 from llm.utils.storage import Storage, open_storage
 
 CONFIG = "config.yaml"
@@ -110,17 +110,21 @@ def run_export(options: argparse.Namespace) -> None:
     from llm.tools.dcp_export import export_dcp
     from llm.tools.export import export_torch, opened
     from llm.tools.hf_export import export_hf
+    from llm.tools.lora_export import export_peft, has_adapters, merged
 
-    if options.format == "hf" and options.only:
-        raise CheckpointError("--only is for --format dcp and torch: hf has the weights of the model, and all of them")
-    if options.format != "hf" and options.dtype:
-        raise CheckpointError("--dtype is for --format hf: the others hold exactly what was saved")
+    theirs = options.format in ("hf", "peft")
+    if theirs and options.only:
+        raise CheckpointError(
+            f"--only is for --format dcp and torch: {options.format} has the weights of the model, and all of them"
+        )
+    if not theirs and options.dtype:
+        raise CheckpointError("--dtype is for --format hf and peft: the others hold exactly what was saved")
     storage = open_storage(_absolute(options.run_url))
     commit = Commit.parse(options.commit) if options.commit else newest_commit(storage)
     if commit is None:
         raise CheckpointError(f"{storage.url} holds no committed checkpoint")
-    model = _model_config(storage) if options.format == "hf" else None
-    if options.format == "hf" and model is None:
+    model = _model_config(storage) if theirs else None
+    if theirs and model is None:
         raise CheckpointError(f"{storage.url} has no {CONFIG} that tells the shape of the model")
     target = _absolute(options.target)
     with _progress("exporting") as (expect, advance), opened(storage, commit, advance) as source:
@@ -128,8 +132,13 @@ def run_export(options: argparse.Namespace) -> None:
         names = [name for name in source.tensors if name.startswith(wanted)]
         if not names:
             raise CheckpointError(f"{commit.path} has no tensor whose name begins with {' or '.join(wanted)}")
+        if options.format == "hf" and has_adapters(source):
+            source = merged(source, load(f"{storage.url}/{CONFIG}"))
+            names = list(source.tensors)
         expect(source.bytes(names))
-        if model is not None:
+        if options.format == "peft":
+            export_peft(source, load(f"{storage.url}/{CONFIG}"), DTYPES.get(options.dtype), target)
+        elif model is not None:
             export_hf(source, model, DTYPES.get(options.dtype), target)
         elif options.format == "dcp":
             export_dcp(source, names, target)

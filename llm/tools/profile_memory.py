@@ -2,17 +2,19 @@
 
 ``python -m llm.tools.profile_memory --config config.yaml`` runs two steps of one rank. On the CPU they are run on fake
 tensors, which have shapes and no values: any model can be looked at, at no cost. With ``--device cuda`` they are real,
-and the peak is the allocator's.
+and the peak is the allocator's. ``--ranks N --rank R`` builds rank R of N instead, spread as the configuration says, on
+made-up ranks that exchange nothing: what it holds between two steps, beside the estimate.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from torch.utils._pytree import tree_iter
 
 from llm.estimate.memory import memory
 from llm.utils.config import ConfigError, TrainingConfig, load
+
+if TYPE_CHECKING:
+    from llm.train.dist import Layout
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -99,6 +104,71 @@ def _measured(config: TrainingConfig, device: str) -> dict[str, int]:
     return {"state": state, "activations": kept, "peak": peak}
 
 
+def measure_state(config: TrainingConfig, ranks: int, rank: int = 0) -> dict[str, int]:
+    """Bytes that rank ``rank`` of ``ranks`` holds between two steps: ``weights``, their ``gradients``, ``optimizer``.
+
+    The model is spread by the trainer's own code, without memory, among ranks that do not exist. Not inside a process
+    that has ranks already.
+    """
+    from llm.train.lora import trained
+    from llm.train.optim import build
+    from llm.utils.sharding import local
+
+    with made_up_ranks(config, ranks, rank) as layout:
+        parameters = sharded(config, layout)
+        state = build(parameters, config.train, config.model).state()
+        with torch.no_grad():
+            of_model = {name: local(p).nbytes for name, p in parameters.items()}
+            optimizer = sum(local(s).nbytes for name, s in state.items() if not name.startswith("model."))
+        gradients = sum(of_model[name] for name in trained(parameters))
+    return {"weights": sum(of_model.values()), "gradients": gradients, "optimizer": optimizer}
+
+
+@contextlib.contextmanager
+def made_up_ranks(config: TrainingConfig, ranks: int, rank: int) -> Iterator[Layout]:
+    """The layout of one rank of ``ranks``, whose collectives return at once and do nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from llm.train.dist import lay_out
+    from llm.train.world import World
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield lay_out(config.dist, World(rank, ranks, 0, torch.device("cpu"), grouped=True))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(config: TrainingConfig, layout: Layout) -> dict[str, nn.Parameter]:
+    """The parameters of this rank's stages, spread and on the meta device, by canonical name."""
+    from llm.model.transformer import Transformer
+    from llm.train.dist import parallelize
+    from llm.train.pipeline import stage_layers
+
+    found: dict[str, nn.Parameter] = {}
+    for layers in stage_layers(config.model, config.train.seq_len, config.dist, layout.pp_rank):
+        with torch.device("meta"):
+            model = Transformer(config.model, layers)
+        parallelize(model, layout, config)
+        found.update(model.named_parameters())
+    return found
+
+
+def compare_state(config: TrainingConfig, ranks: int, rank: int = 0) -> dict[str, dict[str, float]]:
+    """``measured`` and ``estimated`` bytes of :func:`measure_state`."""
+    from llm.estimate.memory import memory_of
+    from llm.utils.config import check, data_parallel
+
+    check(config, ranks)
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"--rank {rank}: there are ranks 0 to {ranks - 1}")
+    along = rank // (data_parallel(config.dist, ranks) * config.dist.cp * config.dist.tp)
+    found = memory_of(config.model, config.train, config.dist, ranks, config.lora, along)
+    measured = {name: float(value) for name, value in measure_state(config, ranks, rank).items()}
+    return {"measured": measured, "estimated": {name: found.kinds()[name] for name in measured}}
+
+
 def _pass(model: nn.Module, tokens: Tensor, targets: Tensor, dtype: str) -> Tensor:
     with torch.autocast(tokens.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
         losses: Tensor = model(tokens, targets)
@@ -129,9 +199,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llm.tools.profile_memory", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="the config.yaml of a run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="fake tensors, or a real GPU")
+    parser.add_argument("--ranks", type=int, metavar="N", help="what one rank of N holds between two steps")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="of which rank (default: 0)")
     arguments = parser.parse_args(argv)
     try:
-        print(json.dumps(compare(load(arguments.config), arguments.device), indent=1))
+        config = load(arguments.config)
+        if arguments.ranks is None:
+            found = compare(config, arguments.device)
+        else:
+            found = compare_state(config, arguments.ranks, arguments.rank)
+        print(json.dumps(found, indent=1))
     except ConfigError as error:
         print(f"profile_memory: error: {error}", file=sys.stderr)
         return 2

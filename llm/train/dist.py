@@ -3,7 +3,8 @@
 Ranks are numbered with pipeline stages outermost, then copies, shards, parts of a sequence, and tensor parallelism
 innermost, so that those who exchange most share a node. The order of application, in :func:`parallelize`:
 
-    tensor parallel -> (the model is a pipeline's stage already) -> activation checkpointing -> compile -> FSDP / HSDP
+    float8 -> tensor parallel -> adapters -> (the model is a pipeline's stage already) -> activation checkpointing
+    -> compile -> FSDP / HSDP
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from llm.model.transformer import Transformer
+from llm.train.float8 import convert
+from llm.train.lora import add_adapters
 from llm.train.world import World
-from llm.utils.config import DistConfig, TrainConfig, data_parallel
+from llm.utils.config import DistConfig, TrainingConfig, data_parallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -94,11 +97,13 @@ def lay_out(config: DistConfig, world: World) -> Layout:
     )
 
 
-def parallelize(model: Transformer, layout: Layout, train: TrainConfig, reshard_after_forward: bool) -> None:
+def parallelize(model: Transformer, layout: Layout, config: TrainingConfig) -> None:
     """Spread ``model``, the whole of it or one stage of a pipeline, on the meta device, over the ranks of its stage.
 
     Where there is one rank alone, only what makes its steps cheaper is applied.
     """
+    train = config.train
+    convert(model, train, layout.world.device)
     if layout.tp > 1:
         from llm.train.tensor_parallel import split_matrices
 
@@ -108,6 +113,7 @@ def parallelize(model: Transformer, layout: Layout, train: TrainConfig, reshard_
         from llm.train.context_parallel import share_sequences
 
         share_sequences(model, layout)
+    add_adapters(model, config.lora)
     for block in model.blocks.values():
         if train.activation_checkpointing != "none":
             checkpoint_activations(block, selective=train.activation_checkpointing == "selective")
@@ -115,8 +121,9 @@ def parallelize(model: Transformer, layout: Layout, train: TrainConfig, reshard_
             # The forward alone: what FSDP hooks to the module stays outside.
             block.forward = torch.compile(block.forward, fullgraph=True)
     if layout.mesh is not None:
+        reshard = config.dist.reshard_after_forward
         axes = ("dp_replicate", "dp_shard") if layout.replicate > 1 else ("dp_shard",)
-        shard(model, model.blocks.values(), layout.mesh[axes], getattr(torch, train.dtype), reshard_after_forward)
+        shard(model, model.blocks.values(), layout.mesh[axes], getattr(torch, train.dtype), reshard)
 
 
 def shard(
@@ -164,6 +171,7 @@ def _costly() -> list[Any]:
     return [
         ops.mm.default,
         ops.addmm.default,
+        ops._scaled_mm.default,
         ops._scaled_dot_product_flash_attention.default,
         ops._scaled_dot_product_flash_attention_for_cpu.default,
         ops._scaled_dot_product_efficient_attention.default,

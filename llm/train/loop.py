@@ -15,7 +15,7 @@ from llm.checkpoint.format import Commit
 from llm.data.order import Picks, Position
 from llm.data.reading import Rows, Share
 from llm.data.streaming import Stream
-from llm.model.init import init_weights
+from llm.train import base
 from llm.train.checkpoint import Checkpointer, Event
 from llm.train.control import EXIT_STOPPED, Control
 from llm.train.dist import Layout
@@ -24,9 +24,9 @@ from llm.train.evaluate import held_out_loss, samples
 from llm.train.exporter import Exporter
 from llm.train.guard import Guard, take
 from llm.train.logging import Metrics
+from llm.train.lora import trained
 from llm.train.optim import build, clip_coefficient
 from llm.train.phases import Phases
-from llm.train.pretrained import open_pretrained
 from llm.train.progress import Progress, check_identity, config_digest
 from llm.train.rates import as_long_as_data, global_batch, last_step, learning_rate, samples_after
 from llm.train.schedule import SaveSchedule
@@ -64,14 +64,15 @@ class Trainer:
         share = Share(layout.dp_rank, layout.dp)
         self.stream = Stream(config, share, lambda step: samples_after(step - 1, train))
         self.train = as_long_as_data(train, self.stream.order.end(samples_after(train.max_steps, train)))
-        self.throughput = Throughput(config.model, train, self.world.size, device)
+        self.throughput = Throughput(config.model, train, self.world.size, device, config.lora)
         self.passes = Passes(config, layout)
-        parameters = self.passes.named_parameters()
+        parameters = trained(self.passes.named_parameters())
         self.optimizer = build(parameters, train, config.model)
         self.average = MovingAverage(parameters, train.ema_decay) if train.ema_decay else None
         self.guard = Guard(train)
         self.last_step = last_step(self.train)
         self.progress = Progress()
+        self.base: dict[str, Any] | None = None  # of adapters: which frozen weights they belong to
         self.over = False  # there is no time left for another step, as rank 0 has said, or no data
         self.schedule = SaveSchedule(config.checkpoint, storage, rank)
         self.part_failed = False  # this rank could not write its part of the save in flight
@@ -90,16 +91,15 @@ class Trainer:
 
     def start(self, resume: Commit | None) -> None:
         """Take the state of ``resume``, or the very first one."""
+        frozen = self.config.lora.rank > 0
+        if resume is None or frozen:
+            base.fill(self.config, self.passes.named_parameters())
+        self.base = base.identity(self.config, base.own(self.passes), self.world) if frozen else None
         if resume is not None:
             self.saved, state = self.checkpointer.load_newest(resume)
             self.restore(state)
             self.over = self.stream.order.over(self.position())
             return
-        if self.config.train.init_from is not None:
-            open_pretrained(self.config.train.init_from, self.config.model).fill(self.passes.named_parameters())
-        else:
-            for part in self.passes.parts:
-                init_weights(part, self.config.train.seed, self.config.model)
         if self.average is not None:
             self.average.start()
 
@@ -352,6 +352,7 @@ class Trainer:
             "data": self.stream.identity(),
             "config_sha256": config_digest(self.config),
             "made_by": self.made_by,
+            **({} if self.base is None else {"base": self.base}),
         }
 
     def note(self, events: list[Event]) -> None:
@@ -389,6 +390,8 @@ class Trainer:
                 print(f"note: an imported checkpoint: the data goes on at batch {step} of this text", flush=True)
             return
         check_identity(self.stream.identity(), state["data"])
+        if self.base is not None:
+            base.check_base(self.base, state.get("base"))
         if state["config_sha256"] != config_digest(self.config) and self.world.rank == 0:
             print("note: the config differs from the one this checkpoint was saved with", flush=True)
         changed = note(state["made_by"], self.made_by) if self.config.train.deterministic else None

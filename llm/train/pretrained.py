@@ -32,8 +32,12 @@ class Pretrained:
         """Copy each parameter's values, of which this rank may hold only a part. Memory: the rows of one parameter."""
         for name, parameter in parameters.items():
             box = slices(parameter)
-            rows = _rows(self.storage, self.weights[name], box[0])
+            rows = self.rows(name, tuple(parameter.shape), box[0])
             local(parameter).copy_(rows[(slice(None), *box[1:])])
+
+    def rows(self, name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
+        """``rows`` of the parameter ``name``, of whole ``shape``, as the folder has them."""
+        return _rows(self.storage, self.weights[name], rows)
 
 
 def open_pretrained(url: str, config: ModelConfig) -> Pretrained:

@@ -50,7 +50,7 @@ class Passes:
         grouped = self.layout.world.grouped
         with torch.device("meta" if grouped else self.device):  # what will be sharded takes no memory before
             model = Transformer(self.config.model, layers)
-        parallelize(model, self.layout, self.config.train, self.config.dist.reshard_after_forward)
+        parallelize(model, self.layout, self.config)
         if grouped:
             model.to_empty(device=self.device)
             model.tie()

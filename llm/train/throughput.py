@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llm.estimate.flops import flops_per_token
-from llm.utils.config import ModelConfig, TrainConfig
+from llm.utils.config import LORA_OFF, LoraConfig, ModelConfig, TrainConfig
 
 # Dense TFLOP/s of one device, by a part of its name: in bfloat16, and in float32 without tensor cores. The first that
 # fits counts. From the makers' data sheets.
@@ -26,10 +26,13 @@ _PEAKS = (
 
 
 def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
-    """FLOP/s of one device at most: as configured, else of a known device in the run's precision, else None."""
+    """FLOP/s of one device at most: as configured, else of a known device in the run's precision, else None.
+
+    With float8 some products have one peak and some another: a share of either would say nothing, so there is none.
+    """
     if train.peak_tflops is not None:
         return train.peak_tflops * 1e12
-    if device.type != "cuda":
+    if device.type != "cuda" or train.float8 != "off":
         return None
     name = torch.cuda.get_device_name(device)
     known = next(((half, single) for part, half, single in _PEAKS if part in name), None)
@@ -42,8 +45,15 @@ def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
 class Throughput:
     """What a run of ``world_size`` devices makes of them."""
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, world_size: int, device: torch.device) -> None:
-        self._flops = flops_per_token(model, train.seq_len)
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        world_size: int,
+        device: torch.device,
+        lora: LoraConfig = LORA_OFF,
+    ) -> None:
+        self._flops = flops_per_token(model, train.seq_len, lora)
         peak = peak_flops(train, device)
         self._peak = None if peak is None else peak * world_size
 

@@ -85,7 +85,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     The run ends at ``max_steps``, or before where ``max_tokens`` or ``max_hours`` (of training, over all attempts) are
     reached first. The learning rate follows ``schedule``; ``decay_steps`` is the length of wsd's fall. With
     ``batch_warmup_steps`` the global batch grows evenly from ``first_batch_size`` in multiples of it. A new run starts
-    from the weights of the Hugging Face folder ``init_from``, where it names one.
+    from the weights of the Hugging Face folder ``init_from``, where it names one. ``float8`` says how far values share
+    a scale where the blocks' products are worked out in it; emulated, they are only rounded to it, on any device.
     """
 
     max_steps: PositiveInt
@@ -123,6 +124,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     log_every: PositiveInt = 1
     peak_tflops: PositiveFloat | None = None
     threads_per_rank: PositiveInt = 1
+    float8: Literal["off", "tensorwise", "rowwise"] = "off"
+    float8_emulate: bool = False
 
 
 class DistConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -222,6 +225,27 @@ class ProfileConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     nvtx: bool = False
 
 
+Target = Literal["wq", "wk", "wv", "wo", "gate", "up", "down"]
+
+
+class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Low-rank adapters (Hu et al., "LoRA", 2021): the model is frozen, and each matrix W of ``targets`` works as
+    W + ``alpha`` / ``rank`` x B A, of which A (rank, in) and B (out, rank) are trained. ``rank`` 0 = all is trained.
+    """
+
+    rank: NonNegativeInt = 0
+    alpha: PositiveFloat = 16.0
+    targets: list[Target] = msgspec.field(default_factory=lambda: ["wq", "wk", "wv", "wo", "gate", "up", "down"])
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two is multiplied by."""
+        return self.alpha / self.rank
+
+
+LORA_OFF = LoraConfig()
+
+
 class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """What ``python -m llm.train`` reads. Keys of the launcher in the same file are left to the launcher."""
 
@@ -233,6 +257,18 @@ class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+    lora: LoraConfig = LORA_OFF
+
+
+def target_shapes(model: ModelConfig) -> dict[Target, tuple[int, int]]:
+    """(out, in) of each matrix of a block."""
+    size = head_size(model)
+    queries, keys = model.n_heads * size, model.n_kv_heads * size
+    dim, inner = model.dim, model.ffn_dim
+    return {
+        "wq": (queries, dim), "wk": (keys, dim), "wv": (keys, dim), "wo": (dim, queries),
+        "gate": (inner, dim), "up": (inner, dim), "down": (dim, inner),
+    }  # fmt: skip
 
 
 def load(source: str) -> TrainingConfig:
@@ -286,6 +322,8 @@ def check(config: Any, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_batches(config.train, data_parallel(config.dist, world_size))
     _check_rates(config.train)
+    _check_lora(config.model, config.train, config.lora)
+    _check_float8(config.model, config.train, config.dist)
     model, train = config.model, config.train
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
@@ -436,3 +474,49 @@ def _check_rates(train: TrainConfig) -> None:
             f"train.warmup_steps + decay_steps = {train.warmup_steps + train.decay_steps} is more than "
             f"train.max_steps={train.max_steps}: lower one of them"
         )
+
+
+def _check_lora(model: ModelConfig, train: TrainConfig, lora: LoraConfig) -> None:
+    if not lora.rank:
+        return
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ConfigError(f"lora.targets=[{','.join(lora.targets)}]: name one matrix or more, and each only once")
+    shapes = target_shapes(model)
+    name, least = min(((name, min(shapes[name])) for name in lora.targets), key=lambda each: each[1])
+    if lora.rank > least:
+        raise ConfigError(f"lora.rank={lora.rank} is more than the {least} rows or columns of {name}: lower it")
+    if train.optimizer == "muon":
+        raise ConfigError(
+            "train.optimizer=muon makes whole matrices orthogonal, and adapters are halves of one: "
+            "choose adamw or adamw8bit, or lora.rank=0"
+        )
+    if model.init == "mup":
+        raise ConfigError("model.init=mup has no rules for adapters: choose depth_scaled, or lora.rank=0")
+
+
+FLOAT8_MULTIPLE = 16  # rows and columns that the kernels of float8 products take
+
+
+def _check_float8(model: ModelConfig, train: TrainConfig, dist: DistConfig) -> None:
+    if train.float8 == "off":
+        return
+    if train.dtype != "bfloat16":
+        raise ConfigError(f"train.float8={train.float8} needs train.dtype=bfloat16 for all that is not a product")
+    positions = train.micro_batch_size * train.seq_len // dist.cp
+    if positions % FLOAT8_MULTIPLE:
+        raise ConfigError(
+            f"train.float8={train.float8}: the {positions} positions of a micro-batch on a rank are no multiple of "
+            f"{FLOAT8_MULTIPLE}: change train.seq_len or train.micro_batch_size"
+        )
+    size = head_size(model)
+    for key, value in (
+        ("model.dim", model.dim),
+        ("model.n_heads x head size / dist.tp", model.n_heads * size // dist.tp),
+        ("model.n_kv_heads x head size / dist.tp", model.n_kv_heads * size // dist.tp),
+        ("model.ffn_dim / dist.tp", model.ffn_dim // dist.tp),
+    ):
+        if value % FLOAT8_MULTIPLE:
+            raise ConfigError(
+                f"train.float8={train.float8}: {key} = {value} is no multiple of {FLOAT8_MULTIPLE}: "
+                "choose another shape or layout, or train.float8=off"
+            )

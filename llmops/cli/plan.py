@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with config groups of your own")
     parser.add_argument("--backend", help="local, slurm or k8s: where the run would go")
     parser.add_argument("--search", action="store_true", help="also rank the layouts that fit, the fastest first")
+    parser.add_argument("--like", metavar="RUN", help="what its saves cost and how often it was interrupted counts")
     parser.add_argument("--json", action="store_true", help="one object, on stdout alone")
 
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     overrides = api.all_overrides(arguments.overrides, arguments.backend, None, ())
     config = load_config(overrides, arguments.config_dir).config
-    made = plan.make(config)
+    made = plan.make(config, None if arguments.like is None else api.find(arguments.like, config.runs_url))
     found = plan.layouts(config) if arguments.search else []
     if arguments.json:
         ranked = [
@@ -78,10 +79,13 @@ def page(made: Plan) -> list[RenderableType]:
         f"{made.parameters:,} parameters on {ranks}, {made.flops_per_token / 1e9:,.2f} GFLOP per token",
         f"a checkpoint: {_bytes(made.checkpoint_bytes)}; {made.steps:,} steps, {made.tokens / 1e9:,.2f} billion tokens",
     ]
+    if made.trained != made.parameters:
+        lines.insert(1, f"of which none is trained: {made.trained:,} in adapters are")
     if made.time is not None and made.hardware is not None:
         most = sorted(made.time.parts().items(), key=lambda part: -part[1])[:3]
         spent = ", ".join(f"{name} {seconds / made.time.total:.0%}" for name, seconds in most)
-        lines.append(f"estimated step on {made.hardware.name}: {made.time.total:.3g} s ({spent}), MFU {made.mfu:.0%}")
+        share = "" if made.mfu is None else f", MFU {made.mfu:.0%}"
+        lines.append(f"estimated step on {made.hardware.name}: {made.time.total:.3g} s ({spent}){share}")
         lines.append(
             f"{(made.tokens_per_day or 0) / 1e9:,.2f} billion tokens a day, {made.device_hours:,.0f} device-hours"
         )
@@ -89,7 +93,20 @@ def page(made: Plan) -> list[RenderableType]:
             lines[-1] += f", cost {made.cost:,.0f}"
     else:
         lines.append("hardware=h100, or another of conf/hardware, adds time, and whether it fits")
+    lines += saving_lines(made)
     return [table, *lines]
+
+
+def saving_lines(made: Plan) -> list[str]:
+    """How often to save, and what that rests on."""
+    saving = made.saving
+    return [
+        f"least is lost with checkpoint.every_minutes={saving.every_s / 60:.3g}: {saving.lost:.2%} of the time",
+        f"  a save stalls training {saving.stall_s:.3g} s, counts after {saving.save_s:.3g} s",
+        f"    ({saving.cost_from})",
+        f"  an interruption every {saving.between_s / 3600:,.{0 if saving.between_s > 36000 else 2}f} h",
+        f"    ({saving.between_from})",
+    ]
 
 
 def ranking(found: list[Layout], made: Plan) -> RenderableType:

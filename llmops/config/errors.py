@@ -58,8 +58,8 @@ def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str
     leaf = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
     close = [name for name in close if difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio() > 0.5]
-    if not close:  # the right name in the wrong section
-        close = [name for name in names if name.rpartition(".")[2] == leaf][:1]
+    if not close or leaf == key:  # the right name in the wrong section, or in none
+        close = [name for name in names if name.rpartition(".")[2] == leaf][:1] or close
     if close:
         return UserError(f"{shown}: there is no key {key}; did you mean {close[0]}?")
     section = re.sub(r"\[[^\]]*\]", "[]", key).rpartition(".")[0]

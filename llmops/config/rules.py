@@ -102,12 +102,23 @@ def check(config: RunConfig) -> None:
             check_training(config, world_size(config))
         except ConfigError as error:
             raise UserError(str(error)) from error
+        _check_float8(config)
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config, config.cluster)
     elif isinstance(config.cluster, K8sCluster):
         k8s_rules.check(config, config.cluster)
     else:
         _check_local(config, config.cluster)
+
+
+def _check_float8(config: RunConfig) -> None:
+    train, hardware = config.train, config.hardware
+    if train.float8 == "off" or train.float8_emulate or hardware is None or hardware.float8_tflops is not None:
+        return
+    raise UserError(
+        f"train.float8={train.float8}: hardware={hardware.name} has no float8 products; set train.float8=off, or "
+        "hardware.float8_tflops if it does"
+    )
 
 
 def _check_environment(config: RunConfig) -> None:

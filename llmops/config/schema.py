@@ -19,6 +19,7 @@ from llm.utils.config import (
     DistConfig,
     EvalConfig,
     LoggingConfig,
+    LoraConfig,
     ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
@@ -276,6 +277,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     notify: NotifyConfig = NotifyConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+    lora: LoraConfig = LoraConfig()
     sweep: SweepConfig = SweepConfig()
     cluster: LocalCluster | SlurmCluster | K8sCluster
     model: ModelConfig

@@ -79,6 +79,7 @@ def test_top_level_lists_every_key_with_its_default() -> None:
     sections = {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}
     sections |= {"metrics": schema.MetricsConfig, "notify": schema.NotifyConfig}
     sections |= {"logging": schema.LoggingConfig, "profile": schema.ProfileConfig}
+    sections |= {"lora": schema.LoraConfig}
     for name, struct in sections.items():
         assert msgspec.convert(listed[name], struct) == struct()
         assert list(listed[name]) == list(struct.__struct_fields__)
@@ -98,6 +99,7 @@ def test_every_key_has_a_comment() -> None:
         "notify",
         "logging",
         "profile",
+        "lora",
         "wandb_project",
         "muon_momentum",
         "ffn_bias",

@@ -14,7 +14,7 @@ from llm.estimate.memory import checkpoint_bytes, memory
 from llm.estimate.parameters import parameter_count, stage_parameters
 from llm.estimate.stages import split_layers
 from llm.model.transformer import Transformer
-from llm.tools.profile_memory import compare
+from llm.tools.profile_memory import compare, compare_state
 from llm.utils.config import DistConfig, ModelConfig, TrainingConfig
 from llmops.config.compose import load_config
 from llmops.resources import conf_dir
@@ -110,6 +110,24 @@ def test_state_of_a_sharded_model_is_sixteen_bytes_a_parameter_over_its_ranks() 
     split = memory(large.model, large.train, DistConfig(tp=2), 64)
     assert split.state == pytest.approx(needed.state, rel=0.001)
     assert split.activations < needed.activations
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        ("dist=fsdp",),
+        ("dist=fsdp_tp", "dist.tp=8"),
+        ("dist=fsdp_tp_pp", "dist.tp=2", "dist.pp=4"),
+        ("dist=fsdp", "lora.rank=16"),
+    ],
+)
+def test_state_of_a_rank_of_64_is_what_the_trainer_gives_it(spread: tuple[str, ...]) -> None:
+    """A 7B model spread by the trainer's own code among made-up ranks, on the meta device."""
+    large = config("model=7b", "cluster=slurm", "cluster.nodes=8", "cluster.ranks_per_node=8",
+                   "train.global_batch_size=512", "train.micro_batch_size=1", *spread)  # fmt: skip
+    found = compare_state(large, 64)
+    for kind, measured in found["measured"].items():
+        assert found["estimated"][kind] == pytest.approx(measured, rel=0.05), kind
 
 
 def test_the_nearest_layout_changes_what_it_must_and_fits() -> None:

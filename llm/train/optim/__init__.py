@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm.model.init import lr_scale
 from llm.registry import Registry
+from llm.train.lora import trained
 from llm.utils.config import ModelConfig, TrainConfig
 
 
@@ -46,7 +47,8 @@ OPTIMIZERS = Registry(
 
 
 def build(parameters: Mapping[str, nn.Parameter], train: TrainConfig, model: ModelConfig) -> Optimizer:
-    """The optimizer of a run, after the model is sharded."""
+    """The optimizer of a run, after the model is sharded. What is frozen has no part in it."""
+    parameters = trained(parameters)
     scales = {name: lr_scale(name, tuple(parameter.shape), model) for name, parameter in parameters.items()}
     made: Optimizer = OPTIMIZERS.load(train.optimizer)(parameters, train, scales)
     return made
