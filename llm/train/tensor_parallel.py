@@ -56,6 +56,9 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     if hasattr(model, "embedding"):
         rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=by_position)
         parallelize_module(model, mesh, {"embedding": rows})
+        # What comes out is still on its way, a tensor of a class of its own, and a compiled block that takes it gives
+        # no gradient back (seen with torch 2.13). A copy has arrived.
+        model.embedding.register_forward_hook(lambda _, __, output: output.clone())
     if model.last:
         parallelize_module(model, mesh, {"norm": SequenceParallel(sequence_dim=POSITIONS, use_local_output=True)})
         head = model.head

@@ -175,10 +175,12 @@ def test_activations_that_are_worked_out_again_change_nothing(ranks: Ranks, name
     assert ranks(size, train, config(train__activation_checkpointing=kept, **changes)) == plain
 
 
-def test_compiled_blocks_compute_the_same(ranks: Ranks) -> None:
-    expected, _ = alone()
-    for history, _ in ranks(2, train, config(train__compile=True)):
+@pytest.mark.parametrize(("changes", "packed"), [({}, True), ({"dist__tp": 2}, False), ({"dist__cp": 2}, True)])
+def test_compiled_blocks_compute_the_same(ranks: Ranks, changes: dict[str, Any], packed: bool) -> None:
+    expected, _ = alone(packed=packed)
+    for history, _ in ranks(2, train, config(train__compile=True, **changes), packed):
         assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert [norm for _, norm in history] == pytest.approx([norm for _, norm in expected], rel=2e-4)
 
 
 def test_bfloat16_stays_near(ranks: Ranks) -> None:
