@@ -174,6 +174,42 @@ class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     validation_fraction: Fraction = 0.05
 
 
+class PrepareConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``python -m llm.tools.prepare_data`` makes of text: a dataset of tokens (:mod:`llm.data.format`).
+
+    ``input``: paths, fsspec URLs and globs of them. ``field`` null is ``text``, with ``chat`` ``messages``.
+    ``train_tokenizer`` is the size of a vocabulary that is learnt from ``tokenizer_mb`` MB of the input. ``pack`` is a
+    ``seq_len``. Documents whose text is no longer than ``min_chars`` - 1, longer than ``max_chars``, has a smaller part
+    of letters than ``min_alpha``, matches ``drop``, or has other values than ``keep`` (``field=value``) are left out.
+    ``unit_mb`` MB of input are done, and done again, as one. ``wait_s``: of silence from the other ranks.
+    """
+
+    input: list[str] = []
+    output: str | None = None
+    tokenizer: str = "bytes"
+    train_tokenizer: Annotated[int, Meta(ge=257)] | None = None
+    tokenizer_mb: PositiveFloat = 256.0
+    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    field: str | None = None
+    paragraphs: bool = False
+    chat: bool = False
+    pack: PositiveInt | None = None
+    dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    validation: Fraction = 0.005
+    seed: NonNegativeInt = 0
+    deduplicate: bool = False
+    min_chars: PositiveInt = 1
+    max_chars: PositiveInt | None = None
+    min_alpha: Fraction = 0.0
+    drop: str | None = None
+    keep: list[str] = []
+    max_bad_fraction: Fraction = 0.001
+    unit_mb: PositiveFloat = 64.0
+    workers: PositiveInt | None = None
+    overwrite: bool = False
+    wait_s: PositiveFloat = 3600.0
+
+
 class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Held-out loss during training (0 = only at the end) and the lines generated at the end."""
 

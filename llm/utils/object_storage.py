@@ -29,6 +29,7 @@ STALL_S = 15.0  # a request in which no byte moves for this long is broken off a
 TRIES = 3  # that must fit into the time that is left, however short it is
 SLOWEST = 64 << 10  # bytes per second of one connection
 UNSEEN = 4 << 20  # bytes that the kernel has taken and may still have to send: nobody sees these move
+LISTING_S = 300.0  # a listing of many thousand keys is many requests, of which nothing is seen
 PATIENCE_S = 60.0  # a request that keeps failing is given up after this long, unless `within` says otherwise
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 LEAVE_S = 1.0  # for a request that was broken off to take itself apart
@@ -111,6 +112,13 @@ class ObjectStorage:
                 self.fs.rmdir(self._key(path))
             else:
                 self._ask("delete", path, lambda key, stall_s: self._call("rm", key, recursive=True, stall_s=stall_s))
+
+    def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
+        """What fsspec knows of each key that matches; empty when none does."""
+        found: dict[str, dict[str, Any]] = self._ask(
+            "list", pattern, lambda key, _: self._call("glob", key, detail=True, stall_s=LISTING_S)
+        )
+        return found
 
     # --- requests --------------------------------------------------------------------------------------------------
 
