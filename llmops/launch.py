@@ -24,10 +24,11 @@ from llmops import __version__, agent_zip, backends
 from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
 from llmops.config import notify_rules
 from llmops.config.compose import Composed
-from llmops.config.schema import RunConfig, warning_seconds
+from llmops.config.schema import RunConfig, trains, warning_seconds
 from llmops.config.schema import backend as backend_of
 from llmops.errors import ClusterError, UserError
 from llmops.job import Array, JobSpec, RetryPolicy, StopPolicy
+from llmops.preparation import check_here
 from llmops.runs import records
 from llmops.runs.store import PosixStore, Store, default_runs_url, open_store
 
@@ -65,12 +66,13 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
         from llmops.plan import check_fits
 
         check_fits(config)
-    if not config.command:
+    check_here(config)
+    if trains(config):
         try:
             check_sources(config)
         except ConfigError as error:
             raise UserError(str(error)) from error
-    name = check_name(config.name or (Path(config.command[0]).name if config.command else config.model.name))
+    name = check_name(config.name or _default_name(config))
     backend = backends.load(backend_of(config))
     url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")
     if not url:
@@ -92,6 +94,12 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
     now = time.time()
     owner, host = records.whoami()
     return Prepared(composed, backend, records.new_run_id(name, now), name, runs, owner, host, now)
+
+
+def _default_name(config: RunConfig) -> str:
+    if config.command:
+        return Path(config.command[0]).name
+    return config.model.name if trains(config) else config.task
 
 
 def check_name(name: str) -> str:
@@ -121,7 +129,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     # This interpreter's path means nothing inside somebody's image.
     outside = not prepared.backend.own_image and (container is None or container.runtime == "none")
     python = config.cluster.python or (sys.executable if outside else "python3")
-    trainer = [python, "-m", "llm.train", "--config", f"{prepared.run_url}/{config_path}"]
+    program = "llm.train" if config.task == "train" else f"llm.tools.{config.task}"
+    built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {
         "runs_url": prepared.runs.url,
         "run_id": prepared.run_id,
@@ -145,8 +154,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
         run_url=prepared.run_url,
         nodes=config.cluster.nodes,
         ranks_per_node=config.cluster.ranks_per_node,
-        command=config.command or trainer,
-        kind="command" if config.command else "llm",
+        command=config.command or built_in,
+        kind="llm" if trains(config) else "command",
         python=python,
         env=dict(config.env),
         secrets=list(config.secrets),
@@ -232,11 +241,11 @@ def start(prepared: Prepared) -> Store:
         host=prepared.host,
         created=prepared.created,
         backend=prepared.backend.name,
-        kind="command" if config.command else "llm",
+        kind="llm" if trains(config) else "command",
         command=list(config.command),
         nodes=config.cluster.nodes,
         ranks_per_node=config.cluster.ranks_per_node,
-        max_steps=None if config.command else config.train.max_steps,
+        max_steps=config.train.max_steps if trains(config) else None,
         code=code,
         version=__version__,
     )

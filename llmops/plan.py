@@ -13,7 +13,7 @@ from llm.estimate.parameters import adapter_parameters, parameter_count
 from llm.estimate.saving import Saving, saving
 from llm.estimate.timing import StepTime, step_time
 from llm.train.rates import last_step, samples_after
-from llmops.config.schema import RunConfig, world_size
+from llmops.config.schema import RunConfig, trains, world_size
 from llmops.errors import UserError
 from llmops.measured import measured
 from llmops.runs.model import Run
@@ -96,8 +96,8 @@ def make(config: RunConfig, like: Run | None = None) -> Plan:
 
     Raises UserError for one's own program, of which nothing is known.
     """
-    if config.command:
-        raise UserError("llmops plan knows the built-in trainer alone: leave the command out")
+    if not trains(config):
+        raise UserError("llmops plan knows the built-in trainer alone: leave the command, or task, out")
     train, ranks = config.train, world_size(config)
     end, size = last_step(train), checkpoint_bytes(config.model, train, config.lora)
     hardware, peak = config.hardware, None
@@ -131,7 +131,7 @@ def layouts(config: RunConfig) -> list[Layout]:
 
 def check_fits(config: RunConfig) -> None:
     """Raise UserError where a rank's memory cannot hold its part; names the nearest layout that does."""
-    if config.hardware is None or config.command:
+    if config.hardware is None or not trains(config):
         return
     needed, usable = (
         memory(config.model, config.train, config.dist, world_size(config), config.lora).total,

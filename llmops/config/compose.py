@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+import llm.data.prepare.options
 import llm.estimate.hardware
 import llm.utils.config
 from llmops import __version__
@@ -78,6 +79,7 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
         k8s_rules,
         override_text,
         llm.utils.config,
+        llm.data.prepare.options,
         llm.estimate.hardware,
         sys.modules[__name__],
     ):

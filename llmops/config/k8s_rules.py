@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from llmops.config.overrides import ENV_NAME
-from llmops.config.schema import MOUNT_SOURCES, K8sCluster, Mount, RunConfig, pod_grace_seconds
+from llmops.config.schema import MOUNT_SOURCES, K8sCluster, Mount, RunConfig, pod_grace_seconds, trains
 from llmops.errors import UserError
 
 # Names that give away a secret. On other backends their values would be in files that only their owner can read;
@@ -71,10 +71,7 @@ def check(config: RunConfig, cluster: K8sCluster) -> None:
     _check_secrets(config, cluster)
     _check_placement(cluster)
     _check_security(cluster)
-    if (
-        not config.command
-        and pod_grace_seconds(cluster, config.checkpoint.save_seconds) < config.checkpoint.save_seconds
-    ):
+    if trains(config) and pod_grace_seconds(cluster, config.checkpoint.save_seconds) < config.checkpoint.save_seconds:
         raise UserError(
             f"cluster.grace_s={cluster.grace_s} leaves less than checkpoint.save_seconds="
             f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"

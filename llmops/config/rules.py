@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from llm.data.prepare.options import check as check_preparation
 from llm.utils.config import ConfigError
 from llm.utils.config import check as check_training
 from llmops.config import k8s_rules, notify_rules
@@ -18,6 +19,7 @@ from llmops.config.schema import (
     RunConfig,
     SlurmCluster,
     time_limit_seconds,
+    trains,
     warning_seconds,
     world_size,
 )
@@ -97,6 +99,10 @@ def check(config: RunConfig) -> None:
     if config.command:
         if not config.command[0]:
             raise UserError("command: its first word, the program, is empty")
+        if config.task != "train":
+            raise UserError(f"task={config.task} and a command of your own: leave one of them out")
+    elif config.task == "prepare_data":
+        _check_prepare(config)
     else:
         try:
             check_training(config, world_size(config))
@@ -119,6 +125,19 @@ def _check_float8(config: RunConfig) -> None:
         f"train.float8={train.float8}: hardware={hardware.name} has no float8 products; set train.float8=off, or "
         "hardware.float8_tflops if it does"
     )
+
+
+def _check_prepare(config: RunConfig) -> None:
+    try:
+        check_preparation(config.prepare)
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    named = [("input", each) for each in config.prepare.input] + [("output", str(config.prepare.output))]
+    if "/" in config.prepare.tokenizer:
+        named.append(("tokenizer", config.prepare.tokenizer))
+    for key, value in named:
+        if "://" not in value and not value.startswith("/"):
+            raise UserError(f"prepare.{key}={value}: a job runs in a folder of its own; give an absolute path or a URL")
 
 
 def _check_environment(config: RunConfig) -> None:
@@ -164,7 +183,7 @@ def _check_local(config: RunConfig, cluster: LocalCluster) -> None:
             f"cluster.nodes={cluster.nodes}: cluster=local is one machine; use cluster.ranks_per_node, or "
             "cluster=slurm or cluster=k8s"
         )
-    if not config.command and config.stop.local_grace_s < config.checkpoint.save_seconds:
+    if trains(config) and config.stop.local_grace_s < config.checkpoint.save_seconds:
         raise UserError(
             f"stop.local_grace_s={config.stop.local_grace_s:g} leaves less than checkpoint.save_seconds="
             f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"
@@ -214,7 +233,7 @@ def _check_time(config: RunConfig, cluster: SlurmCluster) -> None:
             f"cluster.time={cluster.time} is {limit} s, but the run is warned {warning} s before it ends, to save: "
             "raise cluster.time, or lower cluster.signal_s (by default checkpoint.save_seconds + 90)"
         )
-    if not config.command and cluster.signal_s is not None and cluster.signal_s < config.checkpoint.save_seconds:
+    if trains(config) and cluster.signal_s is not None and cluster.signal_s < config.checkpoint.save_seconds:
         raise UserError(
             f"cluster.signal_s={cluster.signal_s} leaves less than checkpoint.save_seconds="
             f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"

@@ -25,6 +25,7 @@ from llm.utils.config import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrepareConfig,
     ProfileConfig,
     TrainConfig,
 )
@@ -263,10 +264,11 @@ class K8sCluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole run. ``command`` is empty for the built-in trainer."""
+    """A whole run. ``command`` is empty for the built-in programs, of which ``task`` chooses one."""
 
     name: str | None = None
     runs_url: str | None = None
+    task: Literal["train", "prepare_data"] = "train"
     command: list[str] = []
     secrets: list[str] = []
     env: dict[str, str] = {}
@@ -284,6 +286,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     train: TrainConfig
     dist: DistConfig
     data: DataConfig
+    prepare: PrepareConfig = PrepareConfig()
     eval: EvalConfig
     checkpoint: CheckpointConfig
     hardware: HardwareConfig | None = None
@@ -299,6 +302,11 @@ CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] 
 def backend(config: RunConfig) -> str:
     """The name of the backend that ``config.cluster`` is for, one of :data:`CLUSTERS`."""
     return next(name for name, struct in CLUSTERS.items() if isinstance(config.cluster, struct))
+
+
+def trains(config: RunConfig) -> bool:
+    """Is this a run of the built-in trainer?"""
+    return not config.command and config.task == "train"
 
 
 def world_size(config: RunConfig) -> int:

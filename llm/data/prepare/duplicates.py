@@ -42,7 +42,9 @@ def compare_bucket(job: Job, bucket: int, progress: Progress) -> None:
         path = f"{PARTS}/hashes/{unit:05}.bin"
         first, last = _offsets(job, path, bucket)
         base = 8 * (job.plan.buckets + 1)
-        data = job.storage.read(path, base + first * HASH.itemsize, base + last * HASH.itemsize) if last > first else b""
+        data = (
+            job.storage.read(path, base + first * HASH.itemsize, base + last * HASH.itemsize) if last > first else b""
+        )
         parts.append(np.frombuffer(data, HASH))
         counts[unit] = len(parts[-1])
         progress(0, 0)

@@ -14,7 +14,8 @@ from llm.data.prepare import pool
 from llm.data.prepare.inputs import Piece
 from llm.data.prepare.merge import merge, tidy
 from llm.data.prepare.meter import Meter
-from llm.data.prepare.plan import Plan, check, claim, make_plan, stored_plan, trained_name
+from llm.data.prepare.plan import claim, make_plan, stored_plan, trained_name
+from llm.data.prepare.options import check
 from llm.data.prepare.pool import WorkError
 from llm.data.prepare.records import Bad, Rows
 from llm.data.prepare.stages import done, stages
