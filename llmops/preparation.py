@@ -14,7 +14,9 @@ def check_here(config: RunConfig) -> None:
     if config.task != "prepare_data" or not isinstance(config.cluster, LocalCluster):
         return
     for pattern in config.prepare.input:
-        if "://" not in pattern and not Path(pattern).exists() and not any(glob.iglob(pattern, recursive=True)):
+        if "://" in pattern or Path(pattern).exists():
+            continue
+        if not any(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob knows no absolute patterns
             raise UserError(f"prepare.input={pattern}: nothing matches; check the path (** goes into folders)")
     name = config.prepare.tokenizer
     if "://" not in name and "/" in name and not Path(name).exists():

@@ -80,7 +80,7 @@ def _run(config: PrepareConfig, slurm: dict[str, Any]) -> int:
         if slurm.pop("slurm"):
             from llm.data.prepare.slurm import submit
 
-            index = submit(runner, **{name.removeprefix("slurm_"): value for name, value in slurm.items()})
+            index: Any = submit(runner, **{name.removeprefix("slurm_"): value for name, value in slurm.items()})
         else:
             index = runner.prepare()
     except Stopped:

@@ -42,10 +42,8 @@ def compare_bucket(job: Job, bucket: int, progress: Progress) -> None:
         path = f"{PARTS}/hashes/{unit:05}.bin"
         first, last = _offsets(job, path, bucket)
         base = 8 * (job.plan.buckets + 1)
-        data = (
-            job.storage.read(path, base + first * HASH.itemsize, base + last * HASH.itemsize) if last > first else b""
-        )
-        parts.append(np.frombuffer(data, HASH))
+        start, end = base + first * HASH.itemsize, base + last * HASH.itemsize
+        parts.append(np.frombuffer(job.storage.read(path, start, end) if last > first else b"", HASH))
         counts[unit] = len(parts[-1])
         progress(0, 0)
     found = np.concatenate(parts)

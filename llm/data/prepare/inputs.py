@@ -89,11 +89,11 @@ def units(files: list[File], config: PrepareConfig) -> list[list[Piece]]:
     """The pieces of each unit: consecutive ones up to ``config.unit_mb``; what cannot be divided may be larger."""
     most = max(int(config.unit_mb * 1e6), 1)
     made: list[list[Piece]] = []
-    filled = most
+    filled = 0
     with ThreadPoolExecutor(FOOTERS) as pool:
         for pieces in pool.map(lambda each: _pieces(each[0], each[1], config, most), enumerate(files)):
             for piece, size in pieces:
-                if filled + size > most:
+                if not made or filled + size > most:
                     made.append([])
                     filled = 0
                 made[-1].append(piece)
@@ -115,7 +115,8 @@ def _is_remote(pattern: str) -> bool:
 
 def _local(pattern: str) -> Iterator[tuple[str, int, str]]:
     path = str(local_path(pattern))
-    for name in [path] if Path(path).exists() else glob.glob(path, recursive=True):
+    # Path.glob knows no absolute patterns.
+    for name in [path] if Path(path).exists() else glob.glob(path, recursive=True):  # noqa: PTH207
         if Path(name).is_dir():
             if name == path:
                 raise ConfigError(f"prepare.input={pattern} is a folder: name its files, as in {pattern}/*.jsonl")

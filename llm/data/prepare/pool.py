@@ -1,4 +1,4 @@
-"""Processes of this machine that do items. One that dies is replaced, and its item done again, a bounded number of times.
+"""Processes of this machine that do items. One that dies is replaced and its item done again, three times at most.
 
 The pool's own: concurrent.futures gives all work up when one process dies.
 """

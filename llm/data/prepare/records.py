@@ -46,7 +46,9 @@ class Rows:
         fields += [(f"value{index}", Any, None) for index in range(len(names))]
         renamed = {"content": self.field, **{f"value{index}": name for index, name in enumerate(names)}}
         self.names = names
-        self.decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, rename=renamed))
+        self.decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+            msgspec.defstruct("Line", fields, rename=renamed)
+        )
         self.count = 0
 
     @staticmethod

@@ -14,8 +14,8 @@ from llm.data.prepare import pool
 from llm.data.prepare.inputs import Piece
 from llm.data.prepare.merge import merge, tidy
 from llm.data.prepare.meter import Meter
-from llm.data.prepare.plan import claim, make_plan, stored_plan, trained_name
 from llm.data.prepare.options import check
+from llm.data.prepare.plan import claim, make_plan, stored_plan, trained_name
 from llm.data.prepare.pool import WorkError
 from llm.data.prepare.records import Bad, Rows
 from llm.data.prepare.stages import done, stages
@@ -86,7 +86,10 @@ class Runner:
     done_now: int = 0
 
     def prepare(self) -> Index | None:
-        """Do this rank's share; rank 0 returns the index. Raises ConfigError, DataError, WorkError, OSError, Stopped."""
+        """Do this rank's share; rank 0 returns the index.
+
+        Raises ConfigError, DataError, WorkError, OSError, Stopped.
+        """
         self.watch.beat("plan")
         job = plan_job(self.config)
         if self.rank:
