@@ -187,7 +187,7 @@ class PrepareConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     input: list[str] = []
     output: str | None = None
     tokenizer: str = "bytes"
-    train_tokenizer: Annotated[int, Meta(ge=257)] | None = None
+    train_tokenizer: Annotated[int, Meta(ge=259)] | None = None
     tokenizer_mb: PositiveFloat = 256.0
     format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
     field: str | None = None

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from llm.data.prepare.inputs import File, Piece
 from llm.data.prepare.records import Row, Rows
+from llm.data.tokenizer import load_tokenizer
 from llm.tools import prepare_data
 from llm.utils.config import ConfigError, PrepareConfig
 from tests.data.preparing import contents, jsonl, prepare, read_split, shakespeare, texts
@@ -215,6 +216,65 @@ def test_packed_rows(tmp_path):
     assert index.report["cut"]["train"] > 0
     # Every token but the first of each document is learnt exactly once.
     assert int(loss.sum()) == index.report["tokens"]["train"] - index.report["documents"]["train"]
+
+
+def chat(answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": answer}]}
+
+
+def test_a_tokenizer_is_trained_and_lies_beside_the_index(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(shakespeare()[:1500]))
+    index = prepare(tmp_path / "a.jsonl", tmp_path / "out", train_tokenizer=600, unit_mb=0.05, validation=0.1)
+    assert (index.tokenizer.name, index.tokenizer.file) == ("bpe-600", "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert (tokenizer.sha256, tokenizer.vocab_size) == (index.tokenizer.sha256, 600)
+    assert tokenizer.end == index.tokenizer.end is not None
+    tokens, starts, _ = read_split(tmp_path / "out")
+    documents = np.split(tokens, np.flatnonzero(starts)[1:])
+    assert all(document[-1] == tokenizer.end for document in documents)
+    assert len(tokens) < 0.6 * index.report["bytes"]["train"]
+    held, began, _ = read_split(tmp_path / "out", "validation")
+    found = [tokenizer.decode(part[:-1].tolist()) for part in documents + np.split(held, np.flatnonzero(began)[1:])]
+    assert sorted(found) == sorted(text for text in shakespeare()[:1500] if text)
+    # The same tokenizer, named as a file, makes the same tokens.
+    again = prepare(
+        tmp_path / "a.jsonl", tmp_path / "again", tokenizer=str(tmp_path / "out" / "tokenizer.json"), unit_mb=0.05,
+        validation=0.1,
+    )  # fmt: skip
+    assert again.fingerprint() == index.fingerprint()
+
+
+@pytest.mark.parametrize("pack", [None, 64])
+def test_chats_teach_only_what_the_assistant_says(tmp_path, pack):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(shakespeare()[:300]))
+    prepare(tmp_path / "a.jsonl", tmp_path / "text", train_tokenizer=400)
+    tokenizer = load_tokenizer(str(tmp_path / "text"))
+    bad = [{"messages": [{"role": "user", "content": "nobody answers"}]}, {"messages": "text"}]
+    rows = [chat("It is so."), *bad, chat("No <|im_end|> here")]
+    (tmp_path / "chat.jsonl").write_bytes(jsonl(rows))
+    parquet(tmp_path / "chat.parquet", [row for row in rows if row["messages"] != "text"])
+    made = []
+    for name in ("chat.jsonl", "chat.parquet"):
+        out = tmp_path / f"out-{name}"
+        index = prepare(
+            tmp_path / name, out, tokenizer=str(tmp_path / "text"), chat=True, max_bad_fraction=0.5, pack=pack
+        )
+        assert index.loss
+        assert index.report["documents"] == {"train": 2}
+        assert "chat.jsonl:2" in index.report["bad_samples"][0] or name == "chat.parquet"
+        assert "no message of the assistant" in index.report["bad_samples"][0]
+        tokens, _, loss = read_split(out)
+        assert loss is not None
+        assert tokenizer.decode(tokens[loss].tolist()) == "It is so.<|im_end|>No <|im_end|> here<|im_end|>"
+        assert np.count_nonzero(tokens == tokenizer.end) == 2 if pack is None else True
+        made.append(tokens.tolist())
+    assert made[0] == made[1]
+
+
+def test_chats_need_a_tokenizer_that_can(tmp_path):
+    (tmp_path / "chat.jsonl").write_bytes(jsonl([chat("yes")]))
+    with pytest.raises(ConfigError, match="bytes has no chat_template"):
+        prepare(tmp_path / "chat.jsonl", tmp_path / "out", chat=True)
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path):

@@ -126,14 +126,15 @@ def _check_found(job: Job, parts: list[Part], report: Report) -> None:
 def _tokenizer(job: Job) -> TokenizerRecord:
     tokenizer = job.tokenizer
     data = tokenizer_file(tokenizer)
+    file = TRAINED if data is not None and data[:1] == b"{" else "tokenizer.tiktoken"
     if data is not None:
-        job.storage.replace(TRAINED, data)
+        job.storage.replace(file, data)
     return TokenizerRecord(
         name=_name(job),
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         end=tokenizer.end,
-        file=TRAINED if data is not None else None,
+        file=file if data is not None else None,
     )
 
 

@@ -19,8 +19,7 @@ from llm.data.prepare.plan import claim, make_plan, stored_plan, trained_name
 from llm.data.prepare.pool import WorkError
 from llm.data.prepare.records import Bad, Rows
 from llm.data.prepare.stages import done, stages
-from llm.data.prepare.unit import Job
-from llm.data.tokenizer import load_tokenizer
+from llm.data.prepare.unit import Job, load
 from llm.train.control import Control
 from llm.utils.config import ConfigError, PrepareConfig
 
@@ -171,7 +170,7 @@ def plan_job(config: PrepareConfig) -> Job:
     """Look at the options, the tokenizer and the input. Raises ConfigError."""
     check(config)
     trained = config.train_tokenizer is not None
-    plan = make_plan(config, trained_name(config) if trained else load_tokenizer(config.tokenizer).sha256)
+    plan = make_plan(config, trained_name(config) if trained else load(config.tokenizer).sha256)
     job = Job(config, plan)
     if not trained:
         _ = job.dtype  # refuses one that is too narrow

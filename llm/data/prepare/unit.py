@@ -30,6 +30,14 @@ PACK_TOKENS = 1 << 24  # among which documents for a row are looked for
 Progress = Callable[[int, int], None]  # is told of bytes of input and of tokens
 
 
+def load(name: str) -> Tokenizer:
+    """The tokenizer that ``prepare.tokenizer`` names. Raises ConfigError."""
+    try:
+        return load_tokenizer(name)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.tokenizer=", "prepare.tokenizer=", 1)) from error
+
+
 @dataclass(frozen=True)
 class Document:
     """What is to become tokens."""
@@ -63,9 +71,8 @@ class Job:
         """That makes the tokens."""
         # One thread in each of many processes: together they use the machine.
         os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-        if self.config.train_tokenizer is not None:
-            return load_tokenizer(f"{self.storage.url}/{TRAINED}")
-        return load_tokenizer(self.config.tokenizer)
+        trained = self.config.train_tokenizer is not None
+        return load(f"{self.storage.url}/{TRAINED}" if trained else self.config.tokenizer)
 
     @cached_property
     def dtype(self) -> Word:
@@ -141,6 +148,7 @@ def prepare_unit(job: Job, unit: int, progress: Progress) -> None:
         _tokenize(job, batch, splits, part, progress)
         for name, split in splits.items():
             part.splits[name] = split.close(part)
+    part.samples.sort(key=lambda sample: (sample.piece, sample.line))  # chats are found to be bad a batch later
     job.storage.replace(part_path("units", unit), msgspec.json.encode(part))
 
 
@@ -181,7 +189,14 @@ def _encoded(
                 file = job.plan.units[part.unit][document.piece].file
                 part.miss(file, document.piece, document.line, str(error))
                 continue
-            yield document, _fitting(tokens, vocab, job), np.asarray(learnt, bool)
+            if len(tokens) and int(tokens[-1]) == end:  # the template has written it
+                yield document, _fitting(tokens, vocab, job), learnt
+            else:
+                yield (
+                    document,
+                    np.append(_fitting(tokens, vocab, job), tail),
+                    np.append(learnt, np.zeros(len(tail), bool)),
+                )
         return
     for document, ids in zip(batch, job.tokenizer.encode_batch([each.text for each in batch]), strict=True):
         yield document, np.concatenate([_fitting(ids, vocab, job), tail]), None
