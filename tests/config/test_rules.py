@@ -25,6 +25,7 @@ Check = Callable[[list[str]], RunConfig]
 S = "cluster=slurm"
 K = "cluster=k8s"
 OWN = "command=[python,train.py]"
+PREPARE = ["task=prepare_data", "prepare.input=[s3://b/*.jsonl]", "prepare.output=/out"]
 
 CASES = [
     (["name=''"], "name='': must be 1 to 100 printable"),
@@ -39,6 +40,14 @@ CASES = [
     ),
     ([S, "dist.dp_shard=auto", "cluster.nodes=3"], "train.global_batch_size=64 is not a multiple"),
     (["cluster.nodes=2", "dist.dp_shard=auto"], "cluster=local is one machine"),
+    # preparing data
+    ([*PREPARE, OWN], "task=prepare_data and a command of your own"),
+    (["task=prepare_data"], "prepare.input is empty"),
+    ([*PREPARE, "prepare.output=null"], "prepare.output is not set"),
+    ([*PREPARE, "prepare.output=out"], "prepare.output=out: a job runs in a folder of its own"),
+    ([*PREPARE, "prepare.input=[a.jsonl]"], "prepare.input=a.jsonl: a job runs in a folder of its own"),
+    ([*PREPARE, "prepare.tokenizer=a/tokenizer.json"], "prepare.tokenizer=a/tokenizer.json: a job runs in"),
+    ([*PREPARE, "prepare.drop='('"], "no regular expression"),
     # environment
     (["env.RANK=1"], "RANK is set by llmops itself"),
     (["env.OMP_NUM_THREADS=1"], "set train.threads_per_rank instead"),
@@ -168,6 +177,7 @@ def test_refused(overrides: list[str], expected: str, check: Check) -> None:
     [
         [OWN, "cluster.ranks_per_node=3", "model.n_heads=3"],  # the trainer's rules are the trainer's
         [OWN, "stop.local_grace_s=5"],
+        [*PREPARE, "cluster.ranks_per_node=3", "model.n_heads=3", "stop.local_grace_s=5"],
         [S, "cluster.time=UNLIMITED"],
         [S, "cluster.time=2", "cluster.signal_s=60"],
         [S, "cluster.extra=[--licenses=foo,--hint=nomultithread,-k]"],

@@ -80,7 +80,7 @@ def claim(storage: Storage, plan: Plan, overwrite: bool) -> Index | None:
     Raises ConfigError when it holds another dataset, or parts of one, that is not to be overwritten.
     """
     index = read_index(storage)
-    ours = index is not None and index.made_from.get("plan") == plan.digest()
+    ours = index is not None and _is_of(index, plan)
     if index is not None and not ours:
         if not overwrite:
             raise ConfigError(
@@ -102,6 +102,16 @@ def claim(storage: Storage, plan: Plan, overwrite: bool) -> Index | None:
         clear(storage)
     storage.create(PLAN, msgspec.json.encode(plan))
     return None
+
+
+def is_complete(storage: Storage, plan: Plan) -> bool:
+    """Is the dataset of ``plan`` there?"""
+    index = read_index(storage)
+    return index is not None and _is_of(index, plan)
+
+
+def _is_of(index: Index, plan: Plan) -> bool:
+    return bool(index.made_from.get("plan") == plan.digest())
 
 
 def stored_plan(storage: Storage) -> Plan | None:

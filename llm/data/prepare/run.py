@@ -15,7 +15,7 @@ from llm.data.prepare.inputs import Piece
 from llm.data.prepare.merge import merge, tidy
 from llm.data.prepare.meter import Meter
 from llm.data.prepare.options import check
-from llm.data.prepare.plan import claim, make_plan, stored_plan, trained_name
+from llm.data.prepare.plan import claim, is_complete, make_plan, stored_plan, trained_name
 from llm.data.prepare.pool import WorkError
 from llm.data.prepare.records import Bad, Rows
 from llm.data.prepare.stages import done, stages
@@ -92,7 +92,8 @@ class Runner:
         self.watch.beat("plan")
         job = plan_job(self.config)
         if self.rank:
-            self._wait_for_plan(job)
+            if self._wait_for_plan(job):
+                return None
         else:
             index = claim(job.storage, job.plan, self.config.overwrite)
             if index is not None:
@@ -131,10 +132,14 @@ class Runner:
         if missing:
             raise Stopped
 
-    def _wait_for_plan(self, job: Job) -> None:
+    def _wait_for_plan(self, job: Job) -> bool:
+        """Until rank 0 has begun; is there nothing left to do?"""
         waiting = _Patience(self.watch, self.config.wait_s, "rank 0 has not begun this preparation")
-        while stored_plan(job.storage) != job.plan:
+        while not is_complete(job.storage, job.plan):
+            if stored_plan(job.storage) == job.plan:
+                return False
             waiting.more(0)
+        return True
 
     def _wait_for_others(self, job: Job, stage: str, count: int, meter: Meter) -> None:
         if self.world == 1:

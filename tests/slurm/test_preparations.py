@@ -1,0 +1,53 @@
+"""A preparation as arrays of jobs, on the real SLURM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.data.preparing import contents, jsonl, shakespeare
+from tests.launcher.harness import TREE
+from tests.slurm import cluster
+
+
+def prepare(folder, out: str, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "llm.tools.prepare_data", "--input", str(folder / "a.jsonl"),
+        "--output", str(folder / out), "--unit-mb", "0.02", "--deduplicate", *more,
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int) -> str:
+    try:
+        shown, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == code, shown
+    return shown
+
+
+def test_an_array_whose_element_is_killed_goes_on(slurm, tmp_path):
+    """One element is killed in the middle: the command says so, and run again it does what is missing."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(shakespeare()))
+    finish(prepare(tmp_path, "plain", "--workers", "1"), 0)
+    options = ("--slurm", "--jobs", "2", "--slurm-partition", "low", "--slurm-minutes", "5")
+    options += ("--slurm-logs", str(tmp_path / "logs"))
+    records = tmp_path / "out" / "parts" / "units"
+    process = prepare(tmp_path, "out", *options)
+    try:
+        cluster.wait_for(lambda: len(list(records.glob("*.json"))) > 2 or process.poll() is not None, 120, "units")
+        assert process.poll() is None, process.communicate()[0]
+        jobs = {path.name.split("_")[0] for path in (tmp_path / "logs").glob("*_0_submitted.pkl")}
+        cluster.run(["scancel", "--signal=KILL", f"{max(jobs, key=int)}_1"])
+        shown = finish(process, 1)
+    finally:
+        process.kill()
+        process.wait()
+        cluster.cancel_all()
+    assert "items of units are missing and all jobs are over" in shown
+    kept = len(list(records.glob("*.json")))
+    assert 2 < kept < 58
+    shown = finish(prepare(tmp_path, "out", *options), 0)
+    assert f"prepared {58 - kept} units; {kept} had been prepared before" in shown
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
