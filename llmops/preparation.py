@@ -19,5 +19,5 @@ def check_here(config: RunConfig) -> None:
         if not any(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob knows no absolute patterns
             raise UserError(f"prepare.input={pattern}: nothing matches; check the path (** goes into folders)")
     name = config.prepare.tokenizer
-    if "://" not in name and "/" in name and not Path(name).exists():
+    if "://" not in name and "/" in name and not Path(name.partition("#")[0]).exists():
         raise UserError(f"prepare.tokenizer={name}: there is no such file or folder")

@@ -41,6 +41,14 @@ SHOWN = {
         "step_00000005.rank00000.txt",
         "bit by bit",
     ],
+    "data.md": [
+        "rows of 129 filled to",
+        "duplicates",
+        " drop",
+        "none of the first 100 lines",
+        "exit code 2",
+        "finished",
+    ],
     "tokenizers.md": ["wrote /tmp/", "2048 0 ", "To be, or not", "learnt: Nay, answer me.<|im_end|>", "exit code 2"],
     "plan.md": [
         "least is lost with",
@@ -117,6 +125,8 @@ def test_the_pages_name_each_other_and_the_menu_names_all():
     menu = (TREE / "mkdocs.yml").read_text()
     for page in PAGES:
         assert page in menu
-    for path in [TREE / "README.md", *(TREE / "docs").glob("*.md")]:
+    recipes = [path.name for path in (TREE / "docs" / "recipes").glob("*.md")]
+    assert all(f"recipes/{name}" in menu for name in recipes)
+    for path in [TREE / "README.md", *(TREE / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"

@@ -20,7 +20,7 @@ from llm.utils.config import ConfigError, PrepareConfig
 HELP = {
     "input": "JSON lines, Parquet or text, also .gz and .zst: paths, fsspec URLs, and globs of them",
     "output": "folder or fsspec URL of the dataset",
-    "tokenizer": "bytes, a tokenizer.json, a folder that has one, or tiktoken:NAME",
+    "tokenizer": "bytes, a tokenizer.json, its folder, or a tiktoken file of ranks",
     "train_tokenizer": "train a BPE with this many tokens on the input first",
     "tokenizer_mb": "MB of text to train it on",
     "format": "what the input is; auto goes by the names",
