@@ -265,8 +265,9 @@ def test_chats_teach_only_what_the_assistant_says(tmp_path, pack):
         assert "no message of the assistant" in index.report["bad_samples"][0]
         tokens, _, loss = read_split(out)
         assert loss is not None
-        assert tokenizer.decode(tokens[loss].tolist()) == "It is so.<|im_end|>No <|im_end|> here<|im_end|>"
-        assert np.count_nonzero(tokens == tokenizer.end) == 2 if pack is None else True
+        said = ["It is so.<|im_end|>", "No <|im_end|> here<|im_end|>"]
+        assert tokenizer.decode(tokens[loss].tolist()) == "".join(said if pack is None else said[::-1])  # longest first
+        assert pack or np.count_nonzero(tokens == tokenizer.end) == 2  # filling is zeros, which is the same token
         made.append(tokens.tolist())
     assert made[0] == made[1]
 

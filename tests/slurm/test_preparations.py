@@ -13,7 +13,7 @@ from tests.slurm import cluster
 def prepare(folder, out: str, *more: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "llm.tools.prepare_data", "--input", str(folder / "a.jsonl"),
-        "--output", str(folder / out), "--unit-mb", "0.02", "--deduplicate", *more,
+        "--output", str(folder / out), "--unit-mb", "0.004", *more,
     ]  # fmt: skip
     return subprocess.Popen(command, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -29,8 +29,8 @@ def finish(process: subprocess.Popen[str], code: int) -> str:
 
 def test_an_array_whose_element_is_killed_goes_on(slurm, tmp_path):
     """One element is killed in the middle: the command says so, and run again it does what is missing."""
-    (tmp_path / "a.jsonl").write_bytes(jsonl(shakespeare() * 15))
-    units = int(finish(prepare(tmp_path, "plain", "--workers", "2"), 0).split()[1])
+    (tmp_path / "a.jsonl").write_bytes(jsonl(shakespeare() * 4))
+    units = int(finish(prepare(tmp_path, "plain", "--workers", "2"), 0).partition("prepared ")[2].split()[0])
     options = ("--slurm", "--jobs", "2", "--slurm-partition", "low", "--slurm-minutes", "5")
     options += ("--slurm-logs", str(tmp_path / "logs"))
     records = tmp_path / "out" / "parts" / "units"
@@ -38,8 +38,8 @@ def test_an_array_whose_element_is_killed_goes_on(slurm, tmp_path):
     try:
         cluster.wait_for(lambda: len(list(records.glob("*.json"))) > 2 or process.poll() is not None, 120, "units")
         assert process.poll() is None, process.communicate()[0]
-        jobs = {path.name.split("_")[0] for path in (tmp_path / "logs").glob("*_0_submitted.pkl")}
-        cluster.run(["scancel", "--signal=KILL", f"{max(jobs, key=int)}_1"])
+        (job,) = {path.name.split("_")[0] for path in (tmp_path / "logs").glob("*_submitted.pkl")}
+        cluster.run(["scancel", "--full", "--signal=KILL", f"{job}_1"])
         shown = finish(process, 1)
     finally:
         process.kill()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,7 +38,7 @@ def load(name: str) -> Tokenizer:
         raise ConfigError(str(error).replace("data.tokenizer=", "prepare.tokenizer=", 1)) from error
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Document:
     """What is to become tokens."""
 
@@ -154,79 +154,76 @@ def prepare_unit(job: Job, unit: int, progress: Progress) -> None:
 
 def _tokenize(job: Job, batch: list[Document], splits: dict[str, _Split], part: Part, progress: Progress) -> None:
     tokens = 0
-    chosen: dict[str, list[tuple[NDArray[Any], NDArray[np.bool_] | None]]] = {name: [] for name in splits}
-    for document, ids, loss in _encoded(job, batch, part):
-        if not len(ids):
+    chosen: dict[str, list[Encoded]] = {name: [] for name in splits}
+    for document, encoded in _encoded(job, batch, part):
+        if not encoded.length:
             add(part.filtered, "no tokens", 1)
             continue
         name = "validation" if is_validation(document.digest, job.config.validation) else "train"
-        chosen[name].append((ids, loss))
+        chosen[name].append(encoded)
         add(part.documents, name, 1)
         add(part.bytes, name, len(document.data))
-        add(part.tokens, name, len(ids))
-        tokens += len(ids)
+        add(part.tokens, name, encoded.length)
+        tokens += encoded.length
     for name, documents in chosen.items():
         if documents:
             splits[name].add(documents)
     progress(0, tokens)
 
 
-def _encoded(
-    job: Job, batch: list[Document], part: Part
-) -> Iterator[tuple[Document, NDArray[Any], NDArray[np.bool_] | None]]:
-    """Tokens of documents, the end's among them, and which are to be learnt; None for all."""
+class Encoded(NamedTuple):
+    """A document's tokens, in parts that follow each other, and which are to be learnt; None for all."""
+
+    parts: tuple[NDArray[Any], ...]
+    length: int
+    loss: NDArray[np.bool_] | None
+
+
+def _encoded(job: Job, batch: list[Document], part: Part) -> Iterator[tuple[Document, Encoded]]:
+    """Tokens of documents, the end's among them."""
     if not batch:
         return
-    end, vocab = job.tokenizer.end, job.tokenizer.vocab_size
-    tail = np.array([] if end is None else [end], job.dtype)
+    end = job.tokenizer.end
+    tail = np.array([] if end is None else [end], np.uint32)
     if job.config.chat:
         from llm.data.chat import encode_chat
 
         for document in batch:
             try:
-                tokens, learnt = encode_chat(job.tokenizer, document.row.content)
+                tokens, loss = encode_chat(job.tokenizer, document.row.content)
             except ValueError as error:
                 file = job.plan.units[part.unit][document.piece].file
                 part.miss(file, document.piece, document.line, str(error))
                 continue
-            if len(tokens) and int(tokens[-1]) == end:  # the template has written it
-                yield document, _fitting(tokens, vocab, job), learnt
-            else:
-                yield (
-                    document,
-                    np.append(_fitting(tokens, vocab, job), tail),
-                    np.append(learnt, np.zeros(len(tail), bool)),
-                )
+            if not (len(tokens) and int(tokens[-1]) == end):  # else the template has written it
+                tokens, loss = np.append(tokens, tail), np.append(loss, np.zeros(len(tail), bool))
+            yield document, Encoded((tokens,), len(tokens), loss)
         return
     for document, ids in zip(batch, job.tokenizer.encode_batch([each.text for each in batch]), strict=True):
-        yield document, np.concatenate([_fitting(ids, vocab, job), tail]), None
-
-
-def _fitting(ids: Any, vocab: int, job: Job) -> NDArray[Any]:
-    tokens = np.asarray(ids)
-    if len(tokens) and int(tokens.max()) >= vocab:
-        raise ConfigError(
-            f"prepare.tokenizer={job.config.tokenizer} gave token {int(tokens.max())}, but says that it has {vocab}"
-        )
-    return tokens.astype(job.dtype, copy=False)
+        yield document, Encoded((ids, tail), len(ids) + len(tail), None)
 
 
 class _Split:
     """Tokens of one split of a unit, on their way into its shards."""
 
     def __init__(self, job: Job, storage: Storage, name: str, unit: int) -> None:
-        self.name, self.row, self.loss = name, job.row, job.loss
+        self.name, self.row, self.job = name, job.row, job
         self.writer = ShardWriter(storage, f"{name}-{unit:05}", job.dtype, job.row, job.loss)
         self.waiting: list[tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]] = []
         self.count = self.rows = self.used = self.cut = 0
 
-    def add(self, documents: list[tuple[NDArray[Any], NDArray[np.bool_] | None]]) -> None:
-        """Documents' tokens, and which of them are to be learnt."""
-        lengths = [len(ids) for ids, _ in documents]
-        tokens = np.concatenate([ids for ids, _ in documents])
+    def add(self, documents: list[Encoded]) -> None:
+        """Raises ConfigError for a token that the tokenizer says it does not have."""
+        tokens = np.concatenate([part for each in documents for part in each.parts])
+        vocab = self.job.tokenizer.vocab_size
+        if int(tokens.max()) >= vocab:
+            raise ConfigError(
+                f"prepare.tokenizer={self.job.config.tokenizer} gave token {int(tokens.max())}, but has only {vocab}"
+            )
+        tokens = tokens.astype(self.job.dtype)
         starts = np.zeros(len(tokens), bool)
-        starts[np.cumsum([0, *lengths[:-1]])] = True
-        given = [loss for _, loss in documents if loss is not None]
+        starts[np.cumsum([0, *(each.length for each in documents[:-1])])] = True
+        given = [each.loss for each in documents if each.loss is not None]
         loss = np.concatenate(given) if given else None
         if self.row is None:
             self.writer.add(tokens, starts, loss)
