@@ -16,7 +16,7 @@ class Meter:
     """Shows the stage, its share that is done, MB/s of input and tokens. Sizes are of input, or of items."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.quiet, self.items = quiet, False
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         console = Console(stderr=True)
@@ -38,8 +38,9 @@ class Meter:
         if self.bar is not None:
             self.bar.stop()
 
-    def begin(self, stage: str, total: int, done: int) -> None:
-        """A stage of size ``total``, of which ``done`` was done earlier."""
+    def begin(self, stage: str, total: int, done: int, items: bool = False) -> None:
+        """A stage of size ``total``, of which ``done`` was done earlier: bytes, or items."""
+        self.items = items
         self.stage, self.total, self.done, self.fresh, self.tokens = stage, max(total, 1), done, 0, 0
         self.began = self.told = time.monotonic()
         if self.bar is not None:
@@ -62,5 +63,7 @@ class Meter:
             print(f"{self.stage}: {100 * self.done / self.total:.0f}%, {self._speed(now)}{ends}", file=sys.stderr)
 
     def _speed(self, now: float) -> str:
+        if self.items:
+            return f"{self.done} of {self.total}"
         spent = max(now - self.began, 1e-3)
         return f"{self.fresh / 1e6 / spent:.1f} MB/s, {self.tokens / 1e6:.1f} M tokens"

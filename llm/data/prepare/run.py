@@ -119,7 +119,7 @@ class Runner:
         missing = [item for item in items if item not in before]
         by_bytes = stage in ("hashes", "units")
         sizes = {item: job.plan.unit_bytes(item) if by_bytes else 1 for item in items}
-        meter.begin(stage, sum(sizes.values()), sum(sizes[item] for item in items if item in before))
+        meter.begin(stage, sum(sizes.values()), sum(sizes[item] for item in items if item in before), not by_bytes)
         self.watch.beat(stage)
         if stage == "units":
             self.done_before = self.watch.items = len(items) - len(missing)

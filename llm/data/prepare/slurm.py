@@ -94,7 +94,7 @@ def submit(
             options = msgspec.to_builtins(runner.config)
             element = Element(options, job.plan.tokenizer, stage, jobs, runner.config.workers or cpus)
             array = executor.map_array(element, sorted({item % jobs for item in missing}))
-            meter.begin(f"{stage} in job {array[0].job_id.partition('_')[0]}", count, count - len(missing))
+            meter.begin(f"{stage} in job {array[0].job_id.partition('_')[0]}", count, count - len(missing), items=True)
             try:
                 _wait(runner, job, stage, count, array, meter, until)
             except BaseException:
