@@ -50,7 +50,7 @@ def tidy(job: Job) -> None:
     """Remove what was needed on the way; whoever is killed here leaves it to the next."""
     job.storage.remove_folder(PARTS)
     if isinstance(job.storage, LocalStorage):  # files of workers that were killed while they wrote
-        for pattern in (".train-*.tokens.*", ".validation-*.tokens.*"):
+        for pattern in (".train-*", ".validation-*", ".tokenizer.*", ".index.json.*"):
             for path in Path(job.storage.url).glob(pattern):
                 path.unlink(missing_ok=True)
 
