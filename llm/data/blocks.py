@@ -46,18 +46,18 @@ class Blocks:
         """Records ``first`` … of a shard. Raises DataError for what is missing or damaged, OSError for a store that
         does not answer."""
         where = f"{self.storage.url}/{shard.name}"
-        data = bytearray(count * self._size)
         file = self._file(shard)
         if file is not None:
-            done = os.preadv(file.descriptor, [data], first * self._size)
             try:
-                return verified(memoryview(data)[:done], self.index, shard, first, where)
+                found = os.pread(file.descriptor, count * self._size, first * self._size)
+                return verified(found, self.index, shard, first, where)
             except DataError:
                 if self.cache is None:
                     raise
                 self.cache.drop(shard)  # the copy is damaged, not the dataset
                 with self._lock:
                     self._files.pop(shard.name, None)
+        data = bytearray(count * self._size)
         try:
             done = self.storage.read_into(shard.name, first * self._size, [memoryview(data)])
         except FileNotFoundError as error:

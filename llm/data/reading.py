@@ -133,6 +133,8 @@ class Reader:
             if counted is not None and row.counted is not None:
                 counted[number] = row.counted
             if documents is not None and row.starts is not None:
-                np.cumsum(row.starts[:-1], out=documents[number])
-        rest = (None if each is None else torch.from_numpy(each) for each in (counted, documents))
+                documents[number] = row.starts[:-1]
+        rest = [None if each is None else torch.from_numpy(each) for each in (counted, documents)]
+        if rest[1] is not None:
+            torch.cumsum(rest[1], 1, out=rest[1])  # four times as fast as NumPy's
         return Rows(torch.from_numpy(tokens), *rest)
