@@ -153,7 +153,10 @@ class LitData:
             drop_last=False,
             seed=SEED,
         )
-        self.loader = litdata.StreamingDataLoader(self.dataset, batch_size=ROWS, num_workers=workers)
+        _allow_http()
+        self.loader = litdata.StreamingDataLoader(
+            self.dataset, batch_size=ROWS, num_workers=workers, worker_init_fn=_allow_http
+        )
         if state:
             self.loader.load_state_dict(state)
 
@@ -206,3 +209,10 @@ def _rows(file: str) -> Iterable[NDArray[np.uint16]]:
 def quiet() -> None:
     """Ask nobody on the internet whether there is a newer version."""
     os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"
+
+
+def _allow_http(worker: int = 0) -> None:
+    """litdata's client has no setting for a store without TLS."""
+    from litdata.streaming import downloader
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
