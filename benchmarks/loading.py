@@ -41,8 +41,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from checkpoint_store import BUCKET, client, s3_server  # noqa: E402
-from loading_contenders import CONTENDERS, LENGTH, ROWS, VOCAB, quiet  # noqa: E402
+from checkpoint_store import BUCKET, client, s3_server
+from loading_contenders import CONTENDERS, LENGTH, ROWS, VOCAB, quiet
 
 TREE = Path(__file__).parents[1]
 OURS = "ours"
@@ -150,7 +150,11 @@ class Contender:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--serve", name],
-                env={**os.environ, **environment, "PYTHONPATH": f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+                env={
+                    **os.environ,
+                    **environment,
+                    "PYTHONPATH": f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -270,9 +274,7 @@ def rates(contenders: list[Contender], place: str, workers: int, rounds: int, ro
 def resumes(contenders: list[Contender], place: str, workers: int, rounds: int, rows: int) -> Any:
     """By contender and depth: seconds to the first batch of each round."""
     batches = [int(rows / ROWS * depth) for depth in DEPTHS]
-    saved = {
-        each.name: each.ask("states", **each.where(place, workers), batches=batches) for each in contenders
-    }
+    saved = {each.name: each.ask("states", **each.where(place, workers), batches=batches) for each in contenders}
     found: dict[str, Any] = {each.name: {f"{depth:.0%}": [] for depth in DEPTHS} for each in contenders}
     for order in turns(contenders, rounds):
         for contender, (number, depth) in itertools.product(order, enumerate(DEPTHS)):
@@ -311,7 +313,9 @@ def compare(names: list[str], tokens: int, rounds: int) -> list[dict[str, Any]]:
             for path in filter(Path.is_file, contender.folder.iterdir()):
                 client(environment).upload_file(str(path), BUCKET, f"{contender.name}/{path.name}")
         print(f"{rows * LENGTH:,} tokens; load of the machine {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-        print(f"\n{'':<20} {'place':<8} {'workers':>7} {'M tokens/s':>10} {'of ours':>8} {'first s':>8} {'peak MiB':>9}")
+        print(
+            f"\n{'':<20} {'place':<8} {'workers':>7} {'M tokens/s':>10} {'of ours':>8} {'first s':>8} {'peak MiB':>9}"
+        )
         for place, workers in itertools.product(PLACES, WORKERS):
             for name, each in (found := rates(contenders, place, workers, rounds, rows, sums)).items():
                 line = {"what": "rate", "name": name, "place": place, "workers": workers, **each}

@@ -40,7 +40,13 @@ class Blocks:
         self.local = isinstance(storage, LocalStorage)
         self._size = record(index.dtype, index.loss).itemsize
         self._files: OrderedDict[str, _File] = OrderedDict()
+        self._copied: set[str] = set()  # shards that the cache was seen to have
         self._lock = threading.Lock()
+
+    @property
+    def near(self) -> bool:
+        """Does no block have to come from a store, as far as is known?"""
+        return self.local or (self.cache is not None and len(self._copied) == self.cache.count)
 
     def read(self, shard: Shard, first: int, count: int) -> NDArray[Any]:
         """Records ``first`` … of a shard. Raises DataError for what is missing or damaged, OSError for a store that
@@ -57,6 +63,7 @@ class Blocks:
                 self.cache.drop(shard)  # the copy is damaged, not the dataset
                 with self._lock:
                     self._files.pop(shard.name, None)
+                    self._copied.discard(shard.name)
         data = bytearray(count * self._size)
         try:
             done = self.storage.read_into(shard.name, first * self._size, [memoryview(data)])
@@ -84,9 +91,13 @@ class Blocks:
                 raise DataError(
                     f"{path} is missing, but its index lists it: copy or prepare the dataset anew"
                 ) from None
+            with self._lock:
+                self._copied.discard(shard.name)
             return None  # somebody has just made room in the cache
         with self._lock:
             self._files[shard.name] = file
+            if not self.local:
+                self._copied.add(shard.name)
             while len(self._files) > OPEN:
                 self._files.popitem(last=False)
         return file

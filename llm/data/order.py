@@ -75,7 +75,8 @@ class Order:
         counts = np.array([position.counts.get(name, 0) for name in self.names], np.int64)
         at, sources, ordinals = position.samples, [], []
         for first, last in ranges:
-            counts += np.bincount(self.sources(at, first), minlength=len(counts))
+            if first > at:
+                counts += np.bincount(self.sources(at, first), minlength=len(counts))
             chosen = self.sources(first, last)
             numbers = np.empty_like(chosen)
             for source in range(len(counts)):

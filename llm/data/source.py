@@ -45,8 +45,11 @@ class Source(Protocol):
 
     size: int  # samples, which is an epoch
     tokens: int
-    near: bool  # reading a sample takes microseconds, not the round trip to a store
     has_documents: bool
+
+    @property
+    def near(self) -> bool:
+        """Does reading a sample take microseconds, not the round trip to a store? Copies change that."""
 
     def row(self, index: int) -> Row:
         """Sample ``index``. Raises DataError or OSError."""
@@ -76,11 +79,14 @@ class TokenSource:
     def __init__(self, blocks: Blocks, shards: list[Shard], seq_len: int) -> None:
         self._blocks, self._shards, self._seq_len = blocks, shards, seq_len
         self._ends = list(accumulate(shard.tokens for shard in shards))
-        self.near = blocks.local
         self.tokens = self._ends[-1] if shards else 0
         self._packed = blocks.index.row is not None
         self._step = seq_len + 1 if self._packed else seq_len
         self.size = self.tokens // self._step if self._packed else windows(self.tokens, seq_len)
+
+    @property
+    def near(self) -> bool:
+        return self._blocks.near
 
     def row(self, index: int) -> Row:
         begin = index * self._step
@@ -105,7 +111,7 @@ class TokenSource:
         first += block * BLOCK
         a, b = begin - first, end - first
         loss = _bits(records["loss"], a, b) if self._blocks.index.loss else None
-        return records["tokens"].reshape(-1)[a:b], _bits(records["starts"], a, b), loss
+        return _range(records["tokens"], a, b), _bits(records["starts"], a, b), loss
 
 
 @dataclass(frozen=True)
@@ -200,10 +206,20 @@ def filled(tokens: NDArray[Any], starts: NDArray[np.bool_] | None, loss: NDArray
     return Row(tokens, starts, counted)
 
 
+def _range(records: NDArray[Any], begin: int, end: int) -> NDArray[Any]:
+    """Elements ``begin`` to ``end`` of records (B, N) end to end."""
+    size = records.shape[1]
+    if end <= size:
+        return records[0, begin:end]
+    if end <= 2 * size:  # no more is copied than is wanted
+        return np.concatenate((records[0, begin:], records[1, : end - size]))
+    return records.reshape(-1)[begin:end]
+
+
 def _bits(packed: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.bool_]:
     """Bits ``begin`` to ``end`` of rows of packed ones that follow each other."""
     first = begin // 8
-    bits = np.unpackbits(packed.reshape(-1)[first : -(-end // 8)], bitorder="little")
+    bits = np.unpackbits(_range(packed, first, -(-end // 8)), bitorder="little")
     return bits[begin - first * 8 : end - first * 8].view(np.bool_)
 
 
