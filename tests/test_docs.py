@@ -58,8 +58,10 @@ SHOWN = {
         "exit code 2",
     ],
     "training.md": ["finished", "held-out loss", "dist.tp=3 does not divide"],
-    "reading.md": ["one-epoch", "finished", "held-out loss", "down 5", "was packed for sequences of 128"],
+    "reading.md": ["one-epoch", "finished", "held-out loss", "  down ", "was packed for sequences of 128"],
     "finetuning.md": [
+        "chats",
+        "held-out loss",
         "none is trained",
         "merged",
         "adapter_config.json",

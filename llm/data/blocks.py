@@ -40,24 +40,31 @@ class Blocks:
         self.local = isinstance(storage, LocalStorage)
         self._size = record(index.dtype, index.loss).itemsize
         self._files: OrderedDict[str, _File] = OrderedDict()
+        self._copied: set[str] = set()  # shards that the cache was seen to have
         self._lock = threading.Lock()
+
+    @property
+    def near(self) -> bool:
+        """Does no block have to come from a store, as far as is known?"""
+        return self.local or (self.cache is not None and len(self._copied) == self.cache.count)
 
     def read(self, shard: Shard, first: int, count: int) -> NDArray[Any]:
         """Records ``first`` … of a shard. Raises DataError for what is missing or damaged, OSError for a store that
         does not answer."""
         where = f"{self.storage.url}/{shard.name}"
-        data = bytearray(count * self._size)
         file = self._file(shard)
         if file is not None:
-            done = os.preadv(file.descriptor, [data], first * self._size)
             try:
-                return verified(memoryview(data)[:done], self.index, shard, first, where)
+                found = os.pread(file.descriptor, count * self._size, first * self._size)
+                return verified(found, self.index, shard, first, where)
             except DataError:
                 if self.cache is None:
                     raise
                 self.cache.drop(shard)  # the copy is damaged, not the dataset
                 with self._lock:
                     self._files.pop(shard.name, None)
+                    self._copied.discard(shard.name)
+        data = bytearray(count * self._size)
         try:
             done = self.storage.read_into(shard.name, first * self._size, [memoryview(data)])
         except FileNotFoundError as error:
@@ -84,9 +91,13 @@ class Blocks:
                 raise DataError(
                     f"{path} is missing, but its index lists it: copy or prepare the dataset anew"
                 ) from None
+            with self._lock:
+                self._copied.discard(shard.name)
             return None  # somebody has just made room in the cache
         with self._lock:
             self._files[shard.name] = file
+            if not self.local:
+                self._copied.add(shard.name)
             while len(self._files) > OPEN:
                 self._files.popitem(last=False)
         return file

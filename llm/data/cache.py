@@ -50,12 +50,13 @@ def cache_folder(config: DataConfig) -> Path | None:
 class ShardCache:
     """The copies of a dataset's ``shards`` below ``folder``. ``limit`` bytes bound what is there of all datasets.
 
-    ``bytes`` is the size of all these shards.
+    ``count`` is the number of these shards, ``bytes`` the size of all of them.
     """
 
     def __init__(self, folder: Path, limit: int, storage: Storage, index: Index, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
         self.folder, self.limit = folder / index.fingerprint(), limit
+        self.count = len(self._shards)
         self._root = folder
         self._storage, self._index = storage, index
         self._size = record(index.dtype, index.loss).itemsize

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from llm.data.permutation import mix, mix_all, permute
 
 STRATUM = 1024  # places over which the shares of sources are exact
 CHUNK = 1 << 20  # places that are counted at a time
+WINDOW = 1 << 12  # samples of an epoch whose order is computed at once: one by one takes a thousand times as long
 NOTHING = -1  # the ordinal of a row that fills up the last batch
 
 
@@ -61,6 +63,7 @@ class Order:
         self.epochs = epochs
         self._seed = seed
         self._last = -1, np.empty(0)  # a stratum and its heights: the next places are in it, too
+        self._window = lru_cache(2 * len(sizes) + 2)(self._permuted)  # threads may be at the next one already
         self._keys = [mix(mix(seed) + zlib.crc32(name.encode())) for name in self.names]
         self._changes = np.array(sorted({first for each in weights.values() for first, _ in each}), np.int64)
         shares = np.array([[_at(weights[name], int(first)) for name in self.names] for first in self._changes])
@@ -72,7 +75,8 @@ class Order:
         counts = np.array([position.counts.get(name, 0) for name in self.names], np.int64)
         at, sources, ordinals = position.samples, [], []
         for first, last in ranges:
-            counts += np.bincount(self.sources(at, first), minlength=len(counts))
+            if first > at:
+                counts += np.bincount(self.sources(at, first), minlength=len(counts))
             chosen = self.sources(first, last)
             numbers = np.empty_like(chosen)
             for source, own in enumerate(_places(chosen, len(counts))):
@@ -126,10 +130,19 @@ class Order:
         size = int(self.sizes[source])
         found = np.empty_like(ordinals)
         epochs = ordinals // size
-        for epoch in np.unique(epochs).tolist():
-            own = epochs == epoch
-            found[own] = permute(ordinals[own] - epoch * size, size, mix(self._keys[source] + epoch))
+        within = ordinals - epochs * size
+        windows = epochs * (1 + size // WINDOW) + within // WINDOW
+        for window in set(windows.tolist()):
+            own = windows == window
+            epoch, number = divmod(window, 1 + size // WINDOW)
+            found[own] = self._window(source, epoch, number)[within[own] - number * WINDOW]
         return found
+
+    def _permuted(self, source: int, epoch: int, window: int) -> NDArray[np.int64]:
+        """Samples ``window`` * WINDOW to (``window`` + 1) * WINDOW of an epoch of ``source``."""
+        size = int(self.sizes[source])
+        places = np.arange(window * WINDOW, min((window + 1) * WINDOW, size))
+        return permute(places, size, mix(self._keys[source] + epoch))
 
     def sources(self, first: int, last: int) -> NDArray[np.int64]:
         """The sources of places ``first`` to ``last``. Each stratum has every source as often as its weight says."""

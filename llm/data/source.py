@@ -45,8 +45,11 @@ class Source(Protocol):
 
     size: int  # samples, which is an epoch
     tokens: int
-    near: bool  # reading a sample takes microseconds, not the round trip to a store
     has_documents: bool
+
+    @property
+    def near(self) -> bool:
+        """Does reading a sample take microseconds, not the round trip to a store? Copies change that."""
 
     def row(self, index: int) -> Row:
         """Sample ``index``. Raises DataError or OSError."""
@@ -76,31 +79,39 @@ class TokenSource:
     def __init__(self, blocks: Blocks, shards: list[Shard], seq_len: int) -> None:
         self._blocks, self._shards, self._seq_len = blocks, shards, seq_len
         self._ends = list(accumulate(shard.tokens for shard in shards))
-        self.near = blocks.local
         self.tokens = self._ends[-1] if shards else 0
         self._packed = blocks.index.row is not None
         self._step = seq_len + 1 if self._packed else seq_len
         self.size = self.tokens // self._step if self._packed else windows(self.tokens, seq_len)
 
+    @property
+    def near(self) -> bool:
+        return self._blocks.near
+
     def row(self, index: int) -> Row:
         begin = index * self._step
-        parts = list(self._parts(begin, min(begin + self._seq_len + 1, self.tokens)))
-        tokens, starts, loss = (_joined([part[number] for part in parts]) for number in range(3))
-        assert tokens is not None
+        end = min(begin + self._seq_len + 1, self.tokens)
+        number = bisect_right(self._ends, begin)
+        tokens, starts, loss = self._part(number, begin, min(end, self._ends[number]))
+        while self._ends[number] < end:  # goes on in the next shard
+            number += 1
+            more = self._part(number, self._ends[number - 1], min(end, self._ends[number]))
+            tokens, starts = np.append(tokens, more[0]), np.append(starts, more[1])
+            loss = None if loss is None or more[2] is None else np.append(loss, more[2])
         return filled(tokens, starts, loss, self._seq_len)
 
-    def _parts(self, begin: int, end: int) -> Any:
-        """Tokens, starts and loss from ``begin`` to ``end`` of the split, shard by shard."""
-        number = bisect_right(self._ends, begin)
-        while begin < end:
-            shard, first = self._shards[number], self._ends[number] - self._shards[number].tokens
-            a, b = begin - first, min(end - first, shard.tokens)
-            block = a // BLOCK
-            records = self._blocks.read(shard, block, -(-b // BLOCK) - block)
-            a, b = a - block * BLOCK, b - block * BLOCK
-            loss = _bits(records["loss"], a, b) if self._blocks.index.loss else None
-            yield records["tokens"].reshape(-1)[a:b], _bits(records["starts"], a, b), loss
-            begin, number = first + b + block * BLOCK, number + 1
+    def _part(
+        self, number: int, begin: int, end: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """Tokens, starts and loss from ``begin`` to ``end`` of the split, which shard ``number`` has."""
+        shard = self._shards[number]
+        first = self._ends[number] - shard.tokens
+        block = (begin - first) // BLOCK
+        records = self._blocks.read(shard, block, -(-(end - first) // BLOCK) - block)
+        first += block * BLOCK
+        a, b = begin - first, end - first
+        loss = _bits(records["loss"], a, b) if self._blocks.index.loss else None
+        return _range(records["tokens"], a, b), _bits(records["starts"], a, b), loss
 
 
 @dataclass(frozen=True)
@@ -195,17 +206,21 @@ def filled(tokens: NDArray[Any], starts: NDArray[np.bool_] | None, loss: NDArray
     return Row(tokens, starts, counted)
 
 
+def _range(records: NDArray[Any], begin: int, end: int) -> NDArray[Any]:
+    """Elements ``begin`` to ``end`` of records (B, N) end to end."""
+    size = records.shape[1]
+    if end <= size:
+        return records[0, begin:end]
+    if end <= 2 * size:  # no more is copied than is wanted
+        return np.concatenate((records[0, begin:], records[1, : end - size]))
+    return records.reshape(-1)[begin:end]
+
+
 def _bits(packed: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.bool_]:
     """Bits ``begin`` to ``end`` of rows of packed ones that follow each other."""
     first = begin // 8
-    bits = np.unpackbits(packed.reshape(-1)[first : -(-end // 8)], bitorder="little")
+    bits = np.unpackbits(_range(packed, first, -(-end // 8)), bitorder="little")
     return bits[begin - first * 8 : end - first * 8].view(np.bool_)
-
-
-def _joined(parts: list[Any]) -> Any:
-    if parts[0] is None:
-        return None
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def text_bytes(key: str, place: str) -> memoryview:
