@@ -323,7 +323,8 @@ def compare(names: list[str], tokens: int, rounds: int) -> list[dict[str, Any]]:
                 lines.append(line)
                 print(
                     f"{name:<20} {place:<8} {workers:>7} {statistics.median(each['rate']) / 1e6:>10.1f} "
-                    f"{line['of_ours']:>8.2f} {statistics.median(each['first_s']):>8.3f} {each['memory'] / 2**20:>9.0f}",
+                    f"{line['of_ours']:>8.2f} {statistics.median(each['first_s']):>8.3f} "
+                    f"{each['memory'] / 2**20:>9.0f}",
                     flush=True,
                 )
         print("every contender gave every row exactly once, in every line above")

@@ -1,7 +1,7 @@
 """The loaders that ``loading.py`` compares: ours, mosaicml-streaming's and litdata's, each as its own users run it.
 
-Every contender writes the same tokens in its own format, and gives batches of ``ROWS`` rows of ``LENGTH`` targets, int64
-(R, T), as a training step needs them.
+Every contender writes the same tokens in its own format, and gives batches of ``ROWS`` rows of ``LENGTH`` targets,
+int64 (R, T), as a training step needs them.
 """
 
 from __future__ import annotations
