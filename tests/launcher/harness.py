@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -78,7 +79,22 @@ class Launcher:
             assert time.monotonic() < deadline, (
                 f"waited {timeout} s for {run_id} to be {states}; it is {value['state']}\n{self.trace(run_id)}"
             )
-            time.sleep(0.3)
+            self._wait_for_news(run_id)
+
+    def _wait_for_news(self, run_id: str) -> None:
+        """Until something is written beside the run's output, or a while: a question costs a process, which others need."""
+        until = time.monotonic() + (1 if "://" in self.url else 2)
+        before = self._news(run_id)
+        while time.monotonic() < until and self._news(run_id) == before:
+            time.sleep(0.1)
+
+    def _news(self, run_id: str) -> list[tuple[str, int]]:
+        found = []
+        for pattern in ("attempts/*/*", "job/*/*.json"):
+            for path in self.root.glob(f"{run_id}/{pattern}"):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((str(path), path.stat().st_mtime_ns))
+        return sorted(found)
 
     def wait_step(self, run_id: str, step: int, timeout: float = 180) -> None:
         """Wait until the newest attempt has done ``step``."""

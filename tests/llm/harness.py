@@ -85,7 +85,7 @@ class Attempt:
                 raise AssertionError(
                     f"it did not happen: {self.heartbeat()}, {[rank.communicate() for rank in self.ranks]}"
                 )
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """Request a stop, as the supervisor does."""
