@@ -82,7 +82,7 @@ class Launcher:
             self._wait_for_news(run_id)
 
     def _wait_for_news(self, run_id: str) -> None:
-        """Until something is written beside the run's output, or a while: a question costs a process, which others need."""
+        """Until something is written beside the run's output, or a while: a question costs a process of its own."""
         until = time.monotonic() + (1 if "://" in self.url else 2)
         before = self._news(run_id)
         while time.monotonic() < until and self._news(run_id) == before:
