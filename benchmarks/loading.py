@@ -8,9 +8,10 @@ nothing is on this machine, and the time is that of everything, from opening on;
 before has left. Elsewhere the rate counts from the first batch on; how long that one takes is told by itself. Resumes
 are from a state that was saved deep in an epoch; their first batch has to be the one that would have come next.
 
-In the first round, which is not timed, the checksums of all rows have to be those of the data: every row once. In all
-others the sum of all tokens has to be. Memory is the peak of that round, above what there was before, of the loader's
-processes without the page cache.
+An epoch is exact when it has every token once: in the first round, which is not timed, by the checksums of all rows, in
+the others by the sum of all tokens. How many were is told; ours have to be, and what a peer raises is told, counts as
+one that was not, and is tried again. Memory is the peak of the first round, above what there was before, of the
+loader's processes without the page cache.
 
 Contenders are processes that stay and take turns, in an order that rotates. A ratio is the median over rounds of the
 quotient of two measurements of the same round. The peers go into an environment of their own:
@@ -52,7 +53,7 @@ WORKERS = (0, 2)
 DEPTHS = (0.1, 0.9)
 ANSWER = "answer "
 SAMPLE_S = 0.05
-TRIES = 5  # epochs until all of a dataset has been copied
+TRIES = 5  # epochs until all of a dataset has been copied, or until one ends
 
 # What the peers import, but for torchvision, which is only for images.
 PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "lightning-utilities", "catalogue", "obstore", "tifffile")
@@ -96,12 +97,16 @@ def epoch(contender: Any, place: str, cache: str | None, workers: int, check: bo
     loader = contender(place, cache, workers, None)
     rows = total = 0
     first_s = 0.0
-    for batch in loader:
-        first_s = first_s or time.perf_counter() - began
-        rows += len(batch)
-        total += digest(batch) if check else int(batch.sum())
-    all_s = time.perf_counter() - began
-    loader.close()
+    try:
+        for batch in loader:
+            first_s = first_s or time.perf_counter() - began
+            rows += len(batch)
+            total += digest(batch) if check else int(batch.sum())
+    except Exception as error:
+        return {"error": f"after {rows} rows: {' '.join(str(error).split())[-200:]}"}
+    finally:
+        all_s = time.perf_counter() - began
+        loader.close()
     return {"first_s": first_s, "all_s": all_s, "rows": rows, "total": total}
 
 
@@ -241,14 +246,22 @@ def turns(contenders: list[Contender], rounds: int) -> Iterator[list[Contender]]
 
 
 def rates(contenders: list[Contender], place: str, workers: int, rounds: int, rows: int, sums: tuple[int, int]) -> Any:
-    """By contender: tokens per second of each round, seconds to each first batch, bytes of memory."""
-    found: dict[str, Any] = {each.name: {"rate": [], "first_s": [], "memory": 0} for each in contenders}
+    """By contender: tokens per second of each round, seconds to each first batch, bytes of memory, exact epochs."""
+    found: dict[str, Any] = {each.name: {"rate": [], "first_s": [], "memory": 0, "exact": []} for each in contenders}
 
     def run(contender: Contender, check: bool) -> dict[str, Any]:
-        answer = contender.ask("epoch", **contender.where(place, workers), check=check)
-        if (answer["rows"], answer["total"]) != (rows, sums[check]):
-            raise SystemExit(f"{contender.name} ({place}, {workers} workers) does not give every token once: {answer}")
-        return answer
+        for _ in range(TRIES):
+            answer = contender.ask("epoch", **contender.where(place, workers), check=check)
+            exact = (answer.get("rows"), answer.get("total")) == (rows, sums[check])
+            found[contender.name]["exact"].append(exact)
+            if not exact:
+                what = answer.get("error", "not every token came once")
+                print(f"{contender.name}, {place}, {workers} workers: {what}", file=sys.stderr, flush=True)
+                if contender.name == OURS:
+                    raise SystemExit("ours has to give every token once")
+            if "error" not in answer:
+                return answer
+        raise SystemExit(f"{contender.name} cannot be measured")
 
     for contender in contenders:
         with peak(contender) as bytes_more:
@@ -313,9 +326,8 @@ def compare(names: list[str], tokens: int, rounds: int) -> list[dict[str, Any]]:
             for path in filter(Path.is_file, contender.folder.iterdir()):
                 client(environment).upload_file(str(path), BUCKET, f"{contender.name}/{path.name}")
         print(f"{rows * LENGTH:,} tokens; load of the machine {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-        print(
-            f"\n{'':<20} {'place':<8} {'workers':>7} {'M tokens/s':>10} {'of ours':>8} {'first s':>8} {'peak MiB':>9}"
-        )
+        titles = ("place   ", "workers", "M tokens/s", " of ours", " first s", " peak MiB", " exact")
+        print(f"\n{'':<20} {' '.join(titles)}")
         for place, workers in itertools.product(PLACES, WORKERS):
             for name, each in (found := rates(contenders, place, workers, rounds, rows, sums)).items():
                 line = {"what": "rate", "name": name, "place": place, "workers": workers, **each}
@@ -324,10 +336,9 @@ def compare(names: list[str], tokens: int, rounds: int) -> list[dict[str, Any]]:
                 print(
                     f"{name:<20} {place:<8} {workers:>7} {statistics.median(each['rate']) / 1e6:>10.1f} "
                     f"{line['of_ours']:>8.2f} {statistics.median(each['first_s']):>8.3f} "
-                    f"{each['memory'] / 2**20:>9.0f}",
+                    f"{each['memory'] / 2**20:>9.0f} {sum(each['exact']):>4}/{len(each['exact'])}",
                     flush=True,
                 )
-        print("every contender gave every row exactly once, in every line above")
         print(f"\n{'first batch, resumed':<20} {'place':<8} {'workers':>7} {'depth':>6} {'s':>8} {'of ours':>8}")
         for place, workers in itertools.product(RESUMED, WORKERS):
             found = resumes(contenders, place, workers, rounds, rows)

@@ -109,6 +109,27 @@ def test_a_node_keeps_shards_once_and_needs_the_store_no_more(place: str, betwee
     assert not [path for path in tmp_path.glob("*/.*") if path.suffix != ".lock"], "nothing half-written is left"
 
 
+def test_copies_make_a_source_near(place: str, tmp_path: Path) -> None:
+    source = opened(place, cache_dir=str(tmp_path))
+    order = Order({"data": source.train.size}, {"data": [(0, 1.0)]}, 0)
+    picks = [order.take(Position(), [(0, source.train.size)])]
+
+    def read() -> list[int]:
+        reader = Reader([source.train], SEQ_LEN, 2, 3)
+        (batch,) = (rows.tokens.sum(1).tolist() for _, rows in reader.batches(order, picks, Share()))
+        reader.close()
+        return list(batch)
+
+    before = read()
+    assert not source.train.near
+    assert source.cache is not None
+    source.cache.fill(0, 1)
+    wait_for(lambda: not source.cache._thread.is_alive(), "the filling to end")  # type: ignore[union-attr]
+    assert read() == before
+    assert source.train.near
+    assert read() == before
+
+
 def opened_again(place: str, between: Proxy, folder: Path) -> Opened:
     between.faults = Faults()
     made = opened(place, cache_dir=str(folder))
@@ -151,6 +172,7 @@ def test_a_damaged_copy_is_dropped_and_the_store_asked(place: str, tmp_path: Pat
         path.write_bytes(data)
     again = opened(place, cache_dir=str(tmp_path))
     assert again.train.row(0).tokens.tolist() == expected
+    assert not again.train.near
     assert len(files(tmp_path)) == len(files_of(place)) - 1
 
 
