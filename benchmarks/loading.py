@@ -83,7 +83,11 @@ def serve(name: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answer = {"prepare": prepare, "epoch": epoch, "states": states, "resume": resume}[request.pop("do")]
-        print(ANSWER + json.dumps(answer(CONTENDERS[name], **request)), flush=True)
+        try:
+            result = answer(CONTENDERS[name], **request)
+        except Exception as error:
+            result = {"error": " ".join(str(error).split())[-150:]}
+        print(ANSWER + json.dumps(result), flush=True)
 
 
 def prepare(contender: Any, tokens: str, folder: str) -> None:
@@ -97,16 +101,12 @@ def epoch(contender: Any, place: str, cache: str | None, workers: int, check: bo
     loader = contender(place, cache, workers, None)
     rows = total = 0
     first_s = 0.0
-    try:
+    with contextlib.closing(loader):
         for batch in loader:
             first_s = first_s or time.perf_counter() - began
             rows += len(batch)
             total += digest(batch) if check else int(batch.sum())
-    except Exception as error:
-        return {"error": f"after {rows} rows: {' '.join(str(error).split())[-200:]}"}
-    finally:
         all_s = time.perf_counter() - began
-        loader.close()
     return {"first_s": first_s, "all_s": all_s, "rows": rows, "total": total}
 
 
@@ -114,13 +114,13 @@ def states(contender: Any, place: str, cache: str | None, workers: int, batches:
     """The states after so many batches, and the digests of the batches that come next."""
     loader = contender(place, cache, workers, None)
     found, state = [], None
-    for number, batch in enumerate(loader, 1):
-        if state is not None:
-            found.append((state, digest(batch)))
-        state = json.loads(json.dumps(loader.state())) if number in batches else None
-        if len(found) == len(batches):
-            break
-    loader.close()
+    with contextlib.closing(loader):
+        for number, batch in enumerate(loader, 1):
+            if state is not None:
+                found.append((state, digest(batch)))
+            state = json.loads(json.dumps(loader.state())) if number in batches else None
+            if len(found) == len(batches):
+                break
     return found
 
 
@@ -128,9 +128,9 @@ def resume(contender: Any, place: str, cache: str | None, workers: int, state: d
     """Seconds from opening to the first batch, and its digest."""
     began = time.perf_counter()
     loader = contender(place, cache, workers, state)
-    batch = next(iter(loader))
-    seconds = time.perf_counter() - began
-    loader.close()
+    with contextlib.closing(loader):
+        batch = next(iter(loader))
+        seconds = time.perf_counter() - began
     return {"seconds": seconds, "digest": digest(batch)}
 
 
@@ -176,6 +176,24 @@ class Contender:
             if text.startswith(ANSWER):
                 return json.loads(text.removeprefix(ANSWER))
         raise SystemExit(f"{self.name} ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def try_to(self, do: str, place: str, workers: int, **request: Any) -> Any:
+        """The same at ``place``; what it raises is told, and is the answer's ``error``."""
+        answer = self.ask(do, **self.where(place, workers), **request)
+        if "error" in answer:
+            self.note(f"{place}, {workers} workers, {do}: {answer['error']}")
+        return answer
+
+    def insist(self, do: str, place: str, workers: int, **request: Any) -> Any:
+        """The same, several times if need be."""
+        for _ in range(TRIES):
+            if "error" not in (answer := self.try_to(do, place, workers, **request)):
+                return answer
+        raise SystemExit(f"{self.name} cannot be measured")
+
+    def note(self, text: str) -> None:
+        """Tell what went wrong."""
+        print(f"{self.name}, {text}", file=sys.stderr, flush=True)
 
     def where(self, place: str, workers: int) -> dict[str, Any]:
         """What to open. A cold place has no copies."""
@@ -251,12 +269,12 @@ def rates(contenders: list[Contender], place: str, workers: int, rounds: int, ro
 
     def run(contender: Contender, check: bool) -> dict[str, Any]:
         for _ in range(TRIES):
-            answer = contender.ask("epoch", **contender.where(place, workers), check=check)
+            answer = contender.try_to("epoch", place, workers, check=check)
             exact = (answer.get("rows"), answer.get("total")) == (rows, sums[check])
             found[contender.name]["exact"].append(exact)
             if not exact:
-                what = answer.get("error", "not every token came once")
-                print(f"{contender.name}, {place}, {workers} workers: {what}", file=sys.stderr, flush=True)
+                if "error" not in answer:
+                    contender.note(f"{place}, {workers} workers: not every token came once")
                 if contender.name == OURS:
                     raise SystemExit("ours has to give every token once")
             if "error" not in answer:
@@ -287,12 +305,12 @@ def rates(contenders: list[Contender], place: str, workers: int, rounds: int, ro
 def resumes(contenders: list[Contender], place: str, workers: int, rounds: int, rows: int) -> Any:
     """By contender and depth: seconds to the first batch of each round."""
     batches = [int(rows / ROWS * depth) for depth in DEPTHS]
-    saved = {each.name: each.ask("states", **each.where(place, workers), batches=batches) for each in contenders}
+    saved = {each.name: each.insist("states", place, workers, batches=batches) for each in contenders}
     found: dict[str, Any] = {each.name: {f"{depth:.0%}": [] for depth in DEPTHS} for each in contenders}
     for order in turns(contenders, rounds):
         for contender, (number, depth) in itertools.product(order, enumerate(DEPTHS)):
             state, expected = saved[contender.name][number]
-            answer = contender.ask("resume", **contender.where(place, workers), state=state)
+            answer = contender.insist("resume", place, workers, state=state)
             if answer["digest"] != expected:
                 raise SystemExit(f"{contender.name} ({place}, {workers} workers) goes on with another batch at {depth}")
             found[contender.name][f"{depth:.0%}"].append(answer["seconds"])
@@ -322,7 +340,8 @@ def compare(names: list[str], tokens: int, rounds: int) -> list[dict[str, Any]]:
         np.save(folder / "tokens.npy", data.reshape(-1))
         del data
         for contender in contenders:
-            contender.ask("prepare", tokens=str(folder / "tokens.npy"), folder=str(contender.folder))
+            if answer := contender.ask("prepare", tokens=str(folder / "tokens.npy"), folder=str(contender.folder)):
+                raise SystemExit(f"{contender.name}: {answer}")
             for path in filter(Path.is_file, contender.folder.iterdir()):
                 client(environment).upload_file(str(path), BUCKET, f"{contender.name}/{path.name}")
         print(f"{rows * LENGTH:,} tokens; load of the machine {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
