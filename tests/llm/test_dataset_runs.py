@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from llm.checkpoint.lineage import newest_commit, read_manifest
+from llm.data.reading import Share
+from llm.data.streaming import Stream
+from llm.data.tokenizer_training import train_bpe
+from llm.inference.generate import main as generate
+from llm.tools.prepare_data import main as prepare_data
+from llm.utils.config import ConfigError, TrainingConfig
 from llm.utils.storage import open_storage
 from tests.llm.datasets import documents, make
 from tests.llm.harness import lines, start, tiny, trajectory
@@ -94,6 +103,36 @@ def test_an_epoch_ends_a_run_with_every_sample_once(data: dict[str, Any], tmp_pa
     again = start(tmp_path / "run", given, ranks=1, attempt=1)
     assert again.finish() == [0]
     assert lines(tmp_path / "run", 1, "step") == []
+
+
+def test_a_run_keeps_its_tokenizer_and_knows_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["to be or not", "that is the question", "whether tis nobler", "in the mind to suffer"]
+    texts = [f"{first}, {second}: {number}" for number in range(80) for first in words for second in words]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = ["--input", f"{tmp_path}/text.jsonl", "--output", f"{tmp_path}/data", "--train-tokenizer", "300"]
+    assert prepare_data([*given, "--workers", "1"]) == 0
+    run = tmp_path / "run"
+    made = config({"source": str(tmp_path / "data")}, train__max_steps=6, model__vocab_size=300)
+    made["eval"]["sample_prompts"] = ["to be"]
+    assert start(run, made, ranks=1).finish() == [0]
+    assert (run / "samples.txt").read_text().startswith("to be")
+    shutil.rmtree(tmp_path / "data")
+    write = ["--run-url", str(run), "--prompt", "whether tis", "--tokens", "4"]
+    assert generate(write) == 0
+    assert capsys.readouterr().out.count("whether tis") == 1
+    (run / "tokenizer" / "tokenizer.json").write_bytes(train_bpe(["another text altogether"] * 9, 300))
+    assert generate(write) == 2
+    assert "was trained with a tokenizer whose SHA-256" in capsys.readouterr().err
+    place = tmp_path / "other"
+    make(open_storage(str(place)), documents(100, 1, 256), vocab=256)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.* is not what made"):
+        Stream(
+            msgspec.convert(
+                config({"source": str(place), "tokenizer": f"{run}/tokenizer"}) | {"launcher": None}, TrainingConfig
+            ),
+            Share(),
+            lambda step: step,
+        )
 
 
 def test_bad_data_ends_a_run_with_a_clear_line(data: dict[str, Any], tmp_path: Path) -> None:
