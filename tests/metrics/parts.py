@@ -21,7 +21,7 @@ from tests.conftest import free_ports
 
 PACKAGES = ("prometheus", "prometheus-pushgateway")
 TREE = Path(__file__).parents[2]
-READY_S = 30.0
+READY_S = 90.0
 # What asks before a package starts its service. The tests start what they need, where they need it.
 POLICY = Path("/usr/sbin/policy-rc.d")
 

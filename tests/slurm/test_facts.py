@@ -27,11 +27,18 @@ from tests.slurm.fixtures import Submit
 pytestmark = pytest.mark.usefixtures("slurm")
 
 # Shows what a batch script finds when TERM reaches it. TERM often comes twice, and to children too: a second one must
-# not kill scontrol, and the end of a sleep that was told first must not be the script's own. The file appears whole:
-# written aside, then renamed.
+# not kill scontrol, and the end of a sleep that was told first must not be the script's own; the sleep that follows it
+# would keep the step alive. The file appears whole: written aside, then renamed.
 RECORD = """
 cd {folder}
-trap 'trap "" TERM; scontrol -o show job "$SLURM_JOB_ID" >seen.part; {then} mv seen.part seen; exit 0' TERM
+ended() {{
+  trap "" TERM
+  kill -9 $! 2>/dev/null
+  scontrol -o show job "$SLURM_JOB_ID" >seen.part
+  {then} mv seen.part seen
+  exit 0
+}}
+trap ended TERM
 echo "${{SLURM_RESTART_COUNT-unset}}" >>starts
 while :; do sleep 60 & wait; done
 """

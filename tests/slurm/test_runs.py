@@ -134,7 +134,7 @@ def test_preempted_where_preemption_cancels(launcher, undisturbed):
 @pytest.mark.signals
 @pytest.mark.parametrize("how", ["cancel", "graceful", "scancel"])
 def test_a_cancelled_run_stays_cancelled(launcher, how):
-    run_id = launcher.submit(*TINY, "train.max_steps=4000")
+    run_id = launcher.submit(*TINY, "train.max_steps=4000", "checkpoint.every_steps=4000")
     launcher.wait_step(run_id, 5)
     job_id = launcher.status(run_id)["job_ids"][0]
     if how == "scancel":
