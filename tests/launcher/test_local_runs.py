@@ -32,9 +32,8 @@ def test_a_run_finishes_and_says_so(local, undisturbed):
     assert local.alive(run_id) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_preempted_by_sigterm_it_resumes_bit_by_bit(local, undisturbed, workers):
-    run_id = local.submit(*TINY, f"data.num_workers={workers}")
+def test_preempted_by_sigterm_it_resumes_bit_by_bit(local, undisturbed):
+    run_id = local.submit(*TINY)
     local.wait_step(run_id, 12)
     pid = supervisor(local, run_id)
     for _ in range(2):  # schedulers often send it twice, within milliseconds
@@ -50,7 +49,7 @@ def test_preempted_by_sigterm_it_resumes_bit_by_bit(local, undisturbed, workers)
     assert value["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "node agent"])
+@pytest.mark.parametrize("victim", ["rank 0", "node agent"])
 def test_kill_9_is_survived_bit_by_bit(local, undisturbed, victim):
     run_id = local.submit(*TINY)
     local.wait_step(run_id, 23)
