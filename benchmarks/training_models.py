@@ -54,6 +54,7 @@ def weights() -> dict[str, Tensor]:
 
 def ours(compiled: bool) -> Step:
     """This project's model, loss, clipping and optimizer, as its training loop calls them."""
+    from llm.data.reading import Rows
     from llm.tools.bench_step import BenchStep
     from llm.train.dist import lay_out
     from llm.train.world import World
@@ -67,7 +68,8 @@ def ours(compiled: bool) -> Step:
         checkpoint=CheckpointConfig(every_steps=0),
     )
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), grouped=False)
-    return BenchStep(config, lay_out(config.dist, world))
+    step = BenchStep(config, lay_out(config.dist, world))
+    return lambda rows: step(Rows(rows))
 
 
 def hugging_face(compiled: bool) -> Step:
