@@ -1,6 +1,6 @@
 """Megabytes of text per second from JSON lines to a dataset on disk, beside what tokenizers alone and datasets can do.
 
-    python benchmarks/preparing.py [--rounds 5] [--copies 20] [--json FILE]
+    PYTHONPATH=. python benchmarks/preparing.py [--rounds 5] [--copies 20] [--json FILE]
 
 One worker, one thread. The tokenizers alone encode the same documents in the batches that a preparation makes. They
 take turns; a ratio is the median over rounds of the quotient of a round. A preparation starts its process within the
