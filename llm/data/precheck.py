@@ -12,6 +12,7 @@ from typing import Any
 from llm.utils.config import ConfigError
 
 EMBEDDED = "embedded:"
+BYTE_TOKENS = 256
 
 
 def check_sources(config: Any) -> None:
@@ -22,13 +23,24 @@ def check_sources(config: Any) -> None:
     places = {"data.source": config.data.source} if config.data.source is not None else {}
     places |= {f"data.mixture.{name}.source": each.source for name, each in config.data.mixture.items()}
     for key, place in places.items():
+        path = Path(place)
+        if place.startswith(EMBEDDED) or ("://" not in place and path.is_file()):
+            check_vocabulary("bytes", BYTE_TOKENS, config.model.vocab_size)
         if place.startswith(EMBEDDED) or "://" in place:
             continue
-        path = Path(place)
         if path.is_file() and not path.stat().st_size:
             raise ConfigError(f"{key}={place} is empty: name a file with text in it, or a dataset")
         if path.is_dir():
             _check_dataset(f"{key}={place}", path / "index.json", config.model.vocab_size, config.train.seq_len)
+
+
+def check_vocabulary(tokenizer: str, size: int, vocab_size: int) -> None:
+    """Raise ConfigError where a model of ``vocab_size`` has too few tokens for a ``tokenizer`` of ``size``."""
+    if size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the {size} tokens of the data's tokenizer {tokenizer}: "
+            "raise it"
+        )
 
 
 def _check_dataset(what: str, file: Path, vocab_size: int, seq_len: int) -> None:
@@ -46,10 +58,7 @@ def _check_dataset(what: str, file: Path, vocab_size: int, seq_len: int) -> None
         raise ConfigError(f"{file} is no index of tokens that this version reads: {error!r}") from error
     if not tokens:
         raise ConfigError(f"{what} has no tokens to train on: its index lists none in the split train")
-    if size > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is smaller than the {size} tokens of the data's tokenizer {name}: raise it"
-        )
+    check_vocabulary(name, size, vocab_size)
     if row is not None and row != seq_len + 1:
         raise ConfigError(
             f"train.seq_len={seq_len}, but {what} was packed for sequences of {row - 1}: set train.seq_len={row - 1}, "

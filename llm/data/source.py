@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from llm.data.blocks import Blocks
 from llm.data.cache import ShardCache, cache_folder
 from llm.data.format import BLOCK, Index, Shard, TokenizerRecord, read_index
+from llm.data.precheck import EMBEDDED
 from llm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from llm.utils.config import ConfigError, DataConfig
 from llm.utils.storage import Storage, open_storage
 
-EMBEDDED = "embedded:"
 TRAIN, VALIDATION = "train", "validation"
 BYTES = TokenizerRecord(name=ByteTokenizer.name, sha256=ByteTokenizer.sha256, vocab_size=256, end=None)
 

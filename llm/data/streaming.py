@@ -8,9 +8,10 @@ from typing import Any
 
 from llm.data.format import TokenizerRecord
 from llm.data.order import Order, Picks, Position
+from llm.data.precheck import check_vocabulary
 from llm.data.reading import Reader, Rows, Share
 from llm.data.source import Opened, open_source, recorded_tokenizer
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.utils.config import ConfigError, TrainingConfig
 from llm.utils.storage import Storage, open_storage
 
@@ -41,7 +42,7 @@ class Stream:
             {
                 name: [(0, given)]
                 if isinstance(given, float | int)
-                else [(first_place(max(step, 1)), share) for step, share in given]
+                else [(first_place(step), share) for step, share in given]
                 for name, given in weights.items()
             },
             config.train.seed,
@@ -106,19 +107,12 @@ class Stream:
                     f"data.mixture: {first} was made with the tokenizer {found.name} and {name} with "
                     f"{each.tokenizer.name}: prepare them with the same"
                 )
-        if data.tokenizer is not None:
-            from llm.data.tokenizer import load_tokenizer
-
-            if load_tokenizer(data.tokenizer).sha256 != found.sha256:
-                raise ConfigError(
-                    f"data.tokenizer={data.tokenizer} is not what made {data.source or 'data.mixture'} ({found.name}): "
-                    "leave data.tokenizer out, or prepare the data with it"
-                )
-        if found.vocab_size > model.vocab_size:
+        if data.tokenizer is not None and load_tokenizer(data.tokenizer).sha256 != found.sha256:
             raise ConfigError(
-                f"model.vocab_size={model.vocab_size} is smaller than the {found.vocab_size} tokens of the data's "
-                f"tokenizer {found.name}: raise it"
+                f"data.tokenizer={data.tokenizer} is not what made {data.source or 'data.mixture'} ({found.name}): "
+                "leave data.tokenizer out, or prepare the data with it"
             )
+        check_vocabulary(found.name, found.vocab_size, model.vocab_size)
         return found
 
     def _fill_caches(self) -> None:

@@ -160,7 +160,6 @@ class Trainer:
         train, world, progress = self.config.train, self.world, self.progress
         step = progress.step + 1
         size = global_batch(step, train)
-        ranges = take(progress.samples, size, self.guard.left_out)
         positions = size * train.seq_len
         sums = self.passes.train(rows, positions, self.phases)
 
@@ -197,7 +196,7 @@ class Trainer:
         if verdict == "stop":
             raise FloatingPointError(self.refusal(step, loss, norm))
         if verdict == "rollback":
-            self.roll_back(step, loss, norm, ranges)
+            self.roll_back(step, loss, norm, take(progress.samples, size, self.guard.left_out))
             return bool(stops)
         seconds = time.perf_counter() - began
         progress.step, progress.samples, progress.counts = step, picks.after.samples, picks.after.counts
