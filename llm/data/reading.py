@@ -91,7 +91,11 @@ class Reader:
             wanted = np.arange(first, first + whole)
             wanted[last - first :] = NOTHING
             indices = share.take(wanted).tolist()
-            yield self._stacked([self._nothing if each == NOTHING else source.row(each) for each in indices])
+            # From a store these are requests, which go out together.
+            read = map if self._far is None or source.near else self._far.map
+            yield self._stacked(
+                list(read(lambda each: self._nothing if each == NOTHING else source.row(each), indices))
+            )
 
     def close(self) -> None:
         """Read no more; what is being read is not waited for."""

@@ -25,6 +25,7 @@ from llm.data.format import BLOCK, Index, Shard, TokenizerRecord, read_index
 from llm.data.precheck import EMBEDDED
 from llm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from llm.utils.config import ConfigError, DataConfig
+from llm.utils.local_storage import LocalStorage
 from llm.utils.storage import Storage, open_storage
 
 TRAIN, VALIDATION = "train", "validation"
@@ -151,9 +152,9 @@ def _dataset(key: str, place: str, storage: Storage, index: Index, config: DataC
     check_dataset(key, place, index, seq_len)
     shards = index.splits.get(TRAIN, [])
     cache = None
-    blocks = Blocks(storage, index)
-    if not blocks.local and (folder := cache_folder(config)) is not None:
-        cache = blocks.cache = ShardCache(folder, int(config.cache_gb * 1e9), storage, index, shards)
+    if not isinstance(storage, LocalStorage) and (folder := cache_folder(config)) is not None:
+        cache = ShardCache(folder, int(config.cache_gb * 1e9), storage, index, shards)
+    blocks = Blocks(storage, index, cache)
     train = TokenSource(blocks, shards, seq_len)
     validation = TokenSource(blocks, index.splits.get(VALIDATION, []), seq_len)
     return Opened(train, validation, index.fingerprint(), index.tokenizer, storage, cache)
