@@ -1,128 +1,159 @@
-"""Sampling text from a model: ``python -m llm.inference.generate --run-url RUN --prompt TEXT``."""
+"""Text from a model: ``python -m llm.inference.generate --run-url RUN --prompt TEXT``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from llm.checkpoint.format import CheckpointError, Commit
-from llm.checkpoint.lineage import newest_commit, read_manifest
-from llm.data.streaming import TOKENIZER
-from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.model.transformer import Transformer
-from llm.train.base import check_base, fill, identity
-from llm.train.lora import add_adapters, trained
-from llm.train.pieces import local_pieces
-from llm.train.resharding import load as load_tensors
-from llm.train.world import World
-from llm.utils.config import ConfigError, TrainingConfig, load
-from llm.utils.storage import open_storage
+from llm.checkpoint.format import CheckpointError
+from llm.data.tokenizer import Tokenizer
+from llm.inference.load import load_model, load_run_tokenizer
+from llm.inference.rows import CachedRows, Rows
+from llm.inference.sampling import Chosen, Row, Sampling, choose
+from llm.inference.text import TextStream
+from llm.utils.config import ConfigError, load
 
 
-@torch.no_grad()
+@dataclass
+class Completion:
+    """What was added to a prompt. ``tokens`` are all that were taken, a stop's or the end's included; ``text`` has
+    neither. ``finish``: why it ended, ``length`` when no more were allowed or there was no room."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Literal["stop", "length"] = "length"
+    chosen: list[Chosen] = field(default_factory=list)  # with log-probabilities, where they are wanted
+
+
 def generate(
-    logits_of: Callable[[Tensor], Tensor],
+    rows: Rows,
     tokenizer: Tokenizer,
-    prompts: list[str],
-    new_tokens: int,
-    temperature: float,
-    max_seq_len: int,
-    generator: torch.Generator,
-    device: torch.device,
-) -> list[str]:
-    """Continue each prompt by ``new_tokens`` tokens; ``temperature`` 0 always takes the likeliest.
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling] | Sampling,
+    limit: int | None = None,
+    on_token: Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
+    """Continue the tokens of each prompt, all in one batch, each as its sampling says.
 
-    All prompts run in one batch, padded on the right: causal attention never looks there. Under FSDP every rank calls
-    this with the same arguments and gets the same text. Of a text longer than ``max_seq_len`` the model sees the end.
+    ``limit`` is the most positions that a row may have, prompt included. ``on_token`` is told the number of a row and
+    how it stands after each of its tokens. Ranks that share a model call this with the same arguments, and seeds, and
+    get the same. Raises ValueError for a prompt that is empty or leaves no room.
     """
-    texts = [tokenizer.encode(prompt) or [0] for prompt in prompts]  # an empty prompt starts from token 0
-    for _ in range(new_tokens):
-        seen = [text[-max_seq_len:] for text in texts]
-        width = max(len(text) for text in seen)
-        rows = torch.tensor([text + [0] * (width - len(text)) for text in seen], device=device)  # (B, T)
-        last = torch.tensor([len(text) - 1 for text in seen], device=device)
-        logits = logits_of(rows)[torch.arange(len(seen), device=device), last].float().cpu()  # (B, V)
-        for text, row in zip(texts, logits, strict=True):
-            text.append(pick(row[: tokenizer.vocab_size], temperature, generator))
-    return [tokenizer.decode(text) for text in texts]
+    if isinstance(samplings, Sampling):
+        samplings = [samplings] * len(prompts)
+    if not prompts:
+        return []
+    allowed = [_allowed(at, *each, limit) for at, each in enumerate(zip(prompts, samplings, strict=True))]
+    texts = [_Text(Row(each, prompt), tokenizer) for each, prompt in zip(samplings, prompts, strict=True)]
+    open_ = [at for at, count in enumerate(allowed) if count]
+    if not open_:
+        return [text.completion for text in texts]
+    logits = rows.start(prompts, max(allowed))
+    while True:
+        chosen = choose(logits[open_] if len(open_) < len(texts) else logits, [texts[at].row for at in open_],
+                        tokenizer.vocab_size)  # fmt: skip
+        for at, each in zip(open_, chosen, strict=True):
+            texts[at].add(each, allowed[at])
+            if on_token is not None:
+                on_token(at, texts[at].completion)
+        open_ = [at for at in open_ if not texts[at].done]
+        if not open_:
+            return [text.completion for text in texts]
+        # Rows that are done get their last token again: what they compute is not looked at.
+        logits = rows.add([text.row.generated[-1] if text.row.generated else 0 for text in texts])
 
 
-def pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One token id from logits (V)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+def _allowed(number: int, prompt: Sequence[int], sampling: Sampling, limit: int | None) -> int:
+    if not prompt:
+        raise ValueError(f"prompt {number} has no tokens: there is nothing to go on from")
+    if limit is not None and len(prompt) >= limit:
+        raise ValueError(f"prompt {number} has {len(prompt)} tokens, and the model takes {limit} with what it adds")
+    return sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(prompt))
 
 
-def load_model(config: TrainingConfig, run_url: str, device: torch.device) -> tuple[Transformer, Commit]:
-    """The whole model of a run's newest commit, on one device. Raises CheckpointError."""
-    storage = open_storage(run_url)
-    commit = newest_commit(storage)
-    if commit is None:
-        raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
-    alone = World(0, 1, 0, device, grouped=False)
-    with device:
-        model = Transformer(config.model)
-    add_adapters(model, config.lora)
-    parameters = dict(model.named_parameters())
-    manifest = read_manifest(storage, commit)
-    if config.lora.rank:
-        fill(config, parameters)
-        check_base(identity(config, parameters, alone), manifest.state.get("base"))
-    pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
-    load_tensors(storage, commit, manifest, pieces, alone, prefixes=("model.",))
-    return model.eval(), commit
+class _Text:
+    """One row's text."""
 
+    def __init__(self, row: Row, tokenizer: Tokenizer) -> None:
+        self.row, self.completion, self.done = row, Completion(), False
+        self.stream = TextStream(tokenizer, row.sampling.stop)
+        self.ends = {*row.sampling.stop_tokens}
+        if tokenizer.end is not None and not row.sampling.ignore_end:
+            self.ends.add(tokenizer.end)
 
-def load_run_tokenizer(run_url: str, commit: Commit) -> Tokenizer:
-    """The tokenizer that a run was trained with. Raises ConfigError where the run directory has another one."""
-    storage = open_storage(run_url)
-    names = storage.list(TOKENIZER)
-    found = load_tokenizer(f"{run_url.rstrip('/')}/{TOKENIZER}/{names[0]}" if names else "bytes")
-    wanted = read_manifest(storage, commit).state.get("data", {}).get("tokenizer")
-    if wanted not in (None, found.sha256):  # an imported checkpoint knows none
-        raise ConfigError(
-            f"{commit.path} was trained with a tokenizer whose SHA-256 is {wanted[:12]}…, and {run_url}/{TOKENIZER} "
-            f"has {found.name} ({found.sha256[:12]}…): restore the file"
-        )
-    return found
+    def add(self, chosen: Chosen, allowed: int) -> None:
+        self.row.generated.append(chosen.token)
+        completion = self.completion
+        completion.tokens.append(chosen.token)
+        if self.row.sampling.logprobs is not None:
+            completion.chosen.append(chosen)
+        ended = chosen.token in self.ends
+        if not ended:
+            self.stream.push(chosen.token)
+        if ended or len(completion.tokens) == allowed:
+            self.stream.finish()
+            self.done = True
+        if ended or self.stream.stopped is not None:
+            completion.finish, self.done = "stop", True
+        completion.text = self.stream.text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print a continuation of each prompt; returns the exit code."""
+    options = _parser().parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
+        sampling = _sampling(options)
+        model, commit = load_model(config, options.run_url, device)
+        tokenizer = load_run_tokenizer(options.run_url, commit)
+        prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in options.prompt]
+        rows = CachedRows(model, options.compile)
+        print(f"step {commit.step}, {commit.path}", file=sys.stderr)
+        done = generate(rows, tokenizer, prompts, sampling, config.model.max_seq_len)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print("\n\n".join(prompt + each.text for prompt, each in zip(options.prompt, done, strict=True)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm.inference.generate", description="Let a trained model write.")
     parser.add_argument("--run-url", required=True, help="run directory: a path or an fsspec URL")
     parser.add_argument("--config", help="the run's config (default: config.yaml in the run directory)")
     parser.add_argument("--prompt", action="append", required=True, help="may be given more than once")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to add to each prompt")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to add to each prompt, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="only the so many likeliest tokens; 0 = all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest with this probability together")
+    parser.add_argument("--min-p", type=float, default=0.0, help="only those with this share of the likeliest one's")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what is there is less likely")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be given more than once")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
-        model, commit = load_model(config, options.run_url, device)
-        tokenizer = load_run_tokenizer(options.run_url, commit)
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(f"step {commit.step}, {commit.path}", file=sys.stderr)
-    texts = generate(
-        model,
-        tokenizer,
-        options.prompt,
-        options.tokens,
-        options.temperature,
-        config.model.max_seq_len,
-        torch.Generator().manual_seed(options.seed),
-        device,
+    parser.add_argument("--compile", action="store_true", help="compile the step: some seconds, then more tokens/s")
+    return parser
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        max_tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=tuple(options.stop),
+        seed=options.seed,
     )
-    print("\n\n".join(texts))
-    return 0
 
 
 if __name__ == "__main__":

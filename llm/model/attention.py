@@ -7,6 +7,7 @@ key/value heads, E head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,21 @@ class Mask:
     allowed: Tensor | None = None
     bounds: Tensor | None = None
     window: int | None = None
+
+
+class Keys(Protocol):
+    """Where the keys and values of one layer are kept from one forward to the next (``llm.inference``)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Keep the keys and values (B, K, T, E) of new positions; attention of their queries (B, H, T, E) to them and
+        to all before them. As :func:`attend`."""
+
+
+class Cache(Protocol):
+    """Keys and values of all layers of a model."""
+
+    def layer(self, number: int, window: int | None) -> Keys:
+        """Those of one layer, numbered from 0, whose positions see ``window`` positions (None: all)."""
 
 
 def make_mask(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.model.attention import Mask, attend
+from llm.model.attention import Keys, Mask, attend
 from llm.model.rope import rotate
 from llm.utils.config import ModelConfig, head_size
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Keys) -> Tensor:
         B, T, _ = x.shape
         # Under tensor parallelism a rank has only some of the heads: -1.
         q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         q, k = (rotate(each, *rope).transpose(1, 2).to(v.dtype) for each in (q, k))
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)  # (B, K, S, E)
-        out = attend(q, k, v, mask, self.scale)
+        out = attend(q, k, v, mask, self.scale) if isinstance(mask, Mask) else mask.attend(q, k, v, self.scale)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
 
@@ -121,6 +121,6 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Keys) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask)  # (B, T, D)
         return x + self.ffn(self.ffn_norm(x))  # type: ignore[no-any-return]

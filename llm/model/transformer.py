@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llm.model.attention import Mask, make_mask, packs
+from llm.model.attention import Cache, Mask, make_mask, packs
 from llm.model.layers import Block, Embedding, Linear, RMSNorm, layer_window
 from llm.model.loss import linear_cross_entropy
 from llm.model.rope import rotary_table
@@ -49,6 +49,8 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        cache: Cache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """From tokens (B, T), on the first stage, or the stage before's output (B, T, D).
 
@@ -56,17 +58,23 @@ class Transformer(nn.Module):
         number the documents of packed rows, which do not see each other; they are those of the whole row, S = T x
         ``parts`` long, and may lie on the CPU. Returns what the next stage takes; on the last stage logits (B, T, V),
         or with ``targets`` (B, T; -100 = not counted) their losses, as :class:`Head`.
+
+        With a ``cache`` the tokens follow those that went through it before; ``positions`` (T) or (B, T) are needed
+        then. ``wanted`` (N) are the places, in all rows laid end to end, whose logits alone (N, V) are returned.
         """
         if self.first and positions is None and x.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{x.shape[1]} positions, but model.max_seq_len={self.config.max_seq_len}")
-        length = x.shape[1] if positions is None else positions.shape[0]  # tensor parallelism may split x between them
+        length = x.shape[1] if positions is None else positions.shape[-1]  # tensor parallelism may split x between them
         rope = rotary_table(self.config, length, x.device, positions)  # cosines and sines
         if self.first:
             x = self.embedding(x)  # (B, T, D)
-        masks = self._masks(x, length, positions, documents)
+        masks = self._masks(x, length, positions, documents) if cache is None else {}
         for layer, block in self.blocks.items():
-            x = block(x, rope, masks[self.windows[layer]])
+            window = self.windows[layer]
+            x = block(x, rope, masks[window] if cache is None else cache.layer(int(layer), window))
         if self.last:
+            if wanted is not None:
+                x = x.flatten(0, 1)[wanted]  # (N, D)
             x = self.norm(x)
             if (scale := logit_scale(self.config)) != 1.0:
                 x = x * scale

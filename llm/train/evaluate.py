@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from llm.data.streaming import Stream
 from llm.data.tokenizer import Tokenizer
 from llm.inference.generate import generate
+from llm.inference.rows import RecomputedRows
+from llm.inference.sampling import Sampling
 from llm.train.control import Control
 from llm.train.step import Passes
 from llm.utils.config import TrainingConfig
@@ -56,16 +57,8 @@ def samples(config: TrainingConfig, passes: Passes, tokenizer: Tokenizer) -> str
         return None
     if not passes.can_generate:
         return "no samples: under pipeline or context parallelism use python -m llm.inference.generate\n"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        texts = generate(
-            passes.logits,
-            tokenizer,
-            wanted.sample_prompts,
-            wanted.sample_tokens,
-            wanted.temperature,
-            config.model.max_seq_len,
-            torch.Generator().manual_seed(config.train.seed),
-            passes.device,
-        )
-    return "\n\n".join(texts) + "\n"
+    prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in wanted.sample_prompts]
+    rows = RecomputedRows(passes.logits, config.model.max_seq_len, passes.device)
+    sampling = Sampling(max_tokens=wanted.sample_tokens, temperature=wanted.temperature, seed=config.train.seed)
+    texts = generate(rows, tokenizer, prompts, sampling)
+    return "\n\n".join(p + each.text for p, each in zip(wanted.sample_prompts, texts, strict=True)) + "\n"

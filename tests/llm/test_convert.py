@@ -26,7 +26,7 @@ from llm.checkpoint.leases import leased
 from llm.checkpoint.lineage import commits, newest_commit, read_manifest
 from llm.checkpoint.retention import Retention
 from llm.checkpoint.verify import verify
-from llm.inference.generate import load_model
+from llm.inference.load import load_model
 from llm.model.init import init_weights
 from llm.model.transformer import Transformer
 from llm.tools import commit_writer, destination, export

@@ -17,7 +17,7 @@ from llm.checkpoint.lineage import newest_commit, read_manifest, read_part
 from llm.data.reading import Rows
 from llm.estimate.memory import checkpoint_bytes, memory
 from llm.estimate.parameters import adapter_parameters
-from llm.inference.generate import load_model
+from llm.inference.load import load_model
 from llm.tools.convert import main as convert
 from llm.train.base import fill, identity, own
 from llm.train.dist import lay_out

@@ -1,0 +1,58 @@
+"""A run's model and tokenizer, from its directory."""
+
+from __future__ import annotations
+
+import torch
+
+from llm.checkpoint.format import CheckpointError, Commit
+from llm.checkpoint.lineage import newest_commit, read_manifest
+from llm.data.streaming import TOKENIZER
+from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.model.transformer import Transformer
+from llm.train.base import check_base, fill, identity
+from llm.train.lora import add_adapters, trained
+from llm.train.pieces import local_pieces
+from llm.train.resharding import load as load_tensors
+from llm.train.world import World
+from llm.utils.config import ConfigError, TrainingConfig
+from llm.utils.storage import open_storage
+
+
+def load_model(
+    config: TrainingConfig,
+    run_url: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    commit: Commit | None = None,
+) -> tuple[Transformer, Commit]:
+    """The whole model of a run's ``commit`` (None: the newest), on one device. Raises CheckpointError."""
+    storage = open_storage(run_url)
+    commit = commit or newest_commit(storage)
+    if commit is None:
+        raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
+    alone = World(0, 1, 0, device, grouped=False)
+    with device:
+        model = Transformer(config.model)
+    add_adapters(model, config.lora)
+    parameters = dict(model.named_parameters())
+    manifest = read_manifest(storage, commit)
+    if config.lora.rank:
+        fill(config, parameters)
+        check_base(identity(config, parameters, alone), manifest.state.get("base"))
+    pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
+    load_tensors(storage, commit, manifest, pieces, alone, prefixes=("model.",))
+    return model.to(dtype).eval().requires_grad_(False), commit
+
+
+def load_run_tokenizer(run_url: str, commit: Commit) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises ConfigError where the run directory has another one."""
+    storage = open_storage(run_url)
+    names = storage.list(TOKENIZER)
+    found = load_tokenizer(f"{run_url.rstrip('/')}/{TOKENIZER}/{names[0]}" if names else "bytes")
+    wanted = read_manifest(storage, commit).state.get("data", {}).get("tokenizer")
+    if wanted not in (None, found.sha256):  # an imported checkpoint knows none
+        raise ConfigError(
+            f"{commit.path} was trained with a tokenizer whose SHA-256 is {wanted[:12]}…, and {run_url}/{TOKENIZER} "
+            f"has {found.name} ({found.sha256[:12]}…): restore the file"
+        )
+    return found
