@@ -16,7 +16,9 @@ from llm.inference.load import load_model, load_run_tokenizer
 from llm.inference.rows import CachedRows, Rows
 from llm.inference.sampling import Chosen, Row, Sampling, choose
 from llm.inference.text import TextStream
-from llm.utils.config import ConfigError, load
+from llm.train.environment import rank_environment
+from llm.train.world import World, connect
+from llm.utils.config import ConfigError, DistConfig, TrainingConfig, load
 
 
 @dataclass
@@ -48,8 +50,8 @@ def generate(
         samplings = [samplings] * len(prompts)
     if not prompts:
         return []
-    allowed = [_allowed(at, *each, limit) for at, each in enumerate(zip(prompts, samplings, strict=True))]
-    texts = [_Text(Row(each, prompt), tokenizer) for each, prompt in zip(samplings, prompts, strict=True)]
+    allowed = [room(at, *each, limit) for at, each in enumerate(zip(prompts, samplings, strict=True))]
+    texts = [Text(Row(each, prompt), tokenizer) for each, prompt in zip(samplings, prompts, strict=True)]
     open_ = [at for at, count in enumerate(allowed) if count]
     if not open_:
         return [text.completion for text in texts]
@@ -68,7 +70,8 @@ def generate(
         logits = rows.add([text.row.generated[-1] if text.row.generated else 0 for text in texts])
 
 
-def _allowed(number: int, prompt: Sequence[int], sampling: Sampling, limit: int | None) -> int:
+def room(number: int, prompt: Sequence[int], sampling: Sampling, limit: int | None) -> int:
+    """How many tokens may be added to a prompt. Raises ValueError, as :func:`generate`."""
     if not prompt:
         raise ValueError(f"prompt {number} has no tokens: there is nothing to go on from")
     if limit is not None and len(prompt) >= limit:
@@ -76,8 +79,8 @@ def _allowed(number: int, prompt: Sequence[int], sampling: Sampling, limit: int 
     return sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(prompt))
 
 
-class _Text:
-    """One row's text."""
+class Text:
+    """One row's text: what its tokens make it, and whether it is done."""
 
     def __init__(self, row: Row, tokenizer: Tokenizer) -> None:
         self.row, self.completion, self.done = row, Completion(), False
@@ -87,6 +90,7 @@ class _Text:
             self.ends.add(tokenizer.end)
 
     def add(self, chosen: Chosen, allowed: int) -> None:
+        """One more token, of ``allowed`` in all."""
         self.row.generated.append(chosen.token)
         completion = self.completion
         completion.tokens.append(chosen.token)
@@ -104,26 +108,67 @@ class _Text:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a continuation of each prompt; returns the exit code."""
+    """Print a continuation of each prompt; returns the exit code. Ranks that torchrun starts share the model."""
     options = _parser().parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = load(options.config or f"{options.run_url.rstrip('/')}/config.yaml")
-        sampling = _sampling(options)
-        model, commit = load_model(config, options.run_url, device)
-        tokenizer = load_run_tokenizer(options.run_url, commit)
-        prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in options.prompt]
-        rows = CachedRows(model, options.compile)
-        print(f"step {commit.step}, {commit.path}", file=sys.stderr)
-        done = generate(rows, tokenizer, prompts, sampling, config.model.max_seq_len)
+        world = connect(DistConfig(), *rank_environment())
+        texts = _write(options, world)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print("\n\n".join(prompt + each.text for prompt, each in zip(options.prompt, done, strict=True)))
+    if world.rank == 0:
+        print("\n\n".join(texts))
     return 0
+
+
+def _write(options: argparse.Namespace, world: World) -> list[str]:
+    """The prompts with what follows them."""
+    sampling = _sampling(options)
+    config = _config(options.run_url, options.config)
+    dtype = getattr(torch, options.dtype)
+    model, commit = load_model(config, options.run_url, world.device, dtype, world=world)
+    tokenizer = load_run_tokenizer(options.run_url, commit)
+    prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in options.prompt]
+    rows = CachedRows(model, options.compile, world.size)
+    limit = config.model.max_seq_len
+    if world.rank == 0:
+        print(f"step {commit.step}, {commit.path}", file=sys.stderr)
+    if options.draft_run_url:
+        done = _speculate(options, rows, tokenizer, prompts, sampling, limit)
+    else:
+        done = generate(rows, tokenizer, prompts, sampling, limit)
+    return [prompt + each.text for prompt, each in zip(options.prompt, done, strict=True)]
+
+
+def _speculate(
+    options: argparse.Namespace,
+    rows: CachedRows,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    limit: int,
+) -> list[Completion]:
+    """With a small model's help, whole on every rank."""
+    from llm.inference.speculate import Guesses, speculate
+
+    url = options.draft_run_url
+    config = _config(url, None)
+    model, commit = load_model(config, url, rows.device, rows.dtype)
+    if load_run_tokenizer(url, commit).sha256 != tokenizer.sha256:
+        raise ConfigError(f"--draft-run-url {url}: it was trained with another tokenizer than {options.run_url}")
+    draft = CachedRows(model, options.compile)
+    limit = min(limit, config.model.max_seq_len)
+    guesses = Guesses()
+    done = [speculate(rows, draft, tokenizer, each, sampling, options.ahead, limit, guesses) for each in prompts]
+    print(f"{guesses.taken} of {guesses.made} guesses were right", file=sys.stderr)
+    return done
+
+
+def _config(run_url: str, path: str | None) -> TrainingConfig:
+    return load(path or f"{run_url.rstrip('/')}/config.yaml")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what is there is less likely")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends it; may be given more than once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draft-run-url", metavar="RUN", help="run of a small model that guesses tokens ahead")
+    parser.add_argument("--ahead", type=int, default=4, help="how many tokens it guesses at a time")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and cache")
     parser.add_argument("--compile", action="store_true", help="compile the step: some seconds, then more tokens/s")
     return parser
 

@@ -24,23 +24,38 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     commit: Commit | None = None,
+    world: World | None = None,
 ) -> tuple[Transformer, Commit]:
-    """The whole model of a run's ``commit`` (None: the newest), on one device. Raises CheckpointError."""
+    """The model of a run's ``commit`` (None: the newest), on ``device``; of a ``world`` of several ranks each gets its
+    part (``llm.inference.parallel``). Raises CheckpointError, and ConfigError for a model that they cannot share."""
     storage = open_storage(run_url)
     commit = commit or newest_commit(storage)
     if commit is None:
         raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
-    alone = World(0, 1, 0, device, grouped=False)
+    world = world or World(0, 1, 0, device, grouped=False)
+    manifest = read_manifest(storage, commit)
+    if world.size > 1:
+        from llm.inference.parallel import only_once, split_model
+
+        if config.lora.rank:
+            raise ConfigError(
+                f"lora.rank={config.lora.rank}: ranks cannot share a model with adapters; merge them by "
+                "python -m llm.tools.lora_export first"
+            )
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        load_tensors(storage, commit, manifest, split_model(model, world), world, prefixes=("model.",))
+        only_once(model, world)
+        return model.to(dtype).eval().requires_grad_(False), commit
     with device:
         model = Transformer(config.model)
     add_adapters(model, config.lora)
     parameters = dict(model.named_parameters())
-    manifest = read_manifest(storage, commit)
     if config.lora.rank:
         fill(config, parameters)
-        check_base(identity(config, parameters, alone), manifest.state.get("base"))
+        check_base(identity(config, parameters, world), manifest.state.get("base"))
     pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
-    load_tensors(storage, commit, manifest, pieces, alone, prefixes=("model.",))
+    load_tensors(storage, commit, manifest, pieces, world, prefixes=("model.",))
     return model.to(dtype).eval().requires_grad_(False), commit
 
 

@@ -58,24 +58,24 @@ class CachedRows:
         self.length = 0
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         last = torch.arange(1, len(prompts) + 1, device=self.device) * width - 1
-        return self.extend(torch.tensor(padded, device=self.device), last, _forward)
+        return self.extend(torch.tensor(padded, device=self.device), last)
 
     @torch.no_grad()
     def add(self, tokens: Sequence[int]) -> Tensor:
         """As :class:`Rows`."""
-        return self.extend(torch.tensor(tokens, device=self.device)[:, None], None, self._step)
+        return self.extend(torch.tensor(tokens, device=self.device)[:, None])
 
-    def extend(self, tokens: Tensor, wanted: Tensor | None, step: Callable[..., Tensor] | None = None) -> Tensor:
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Put columns of tokens (B, T) into the cache: logits (N, V) at the places ``wanted``, or at all (B x T, V)."""
         first, self.length = self.length, self.length + tokens.shape[1]
         columns = torch.arange(first, self.length, device=self.device)
         read = self.keys[0].shape[2] if self.still and first else self.length
         if wanted is None:
             wanted = torch.arange(tokens.numel(), device=self.device)
-        return (step or _forward)(
-            self.model, tokens, columns, read, self.keys, self.values, self.padding, wanted, first == 0,
-            read > self.length,
-        )  # fmt: skip
+        step = self._step if first else _forward  # prompts come in all sizes: what they need is not compiled
+        places = (columns, read, self.keys, self.values, self.padding, wanted)
+        return step(self.model, tokens, *places, first=first == 0, masked=read > self.length)
 
     def forget(self, columns: int) -> None:
         """Take the last columns back."""

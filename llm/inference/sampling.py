@@ -99,18 +99,21 @@ def choose(logits: Tensor, rows: Sequence[Row], vocabulary: int) -> list[Chosen]
         tokens = logits.argmax(-1)
     else:
         tokens = pick(probabilities(logits, rows), [row.random.random() for row in rows])
+    return tell(logits, tokens.tolist(), rows)
+
+
+def tell(logits: Tensor, tokens: Sequence[int], rows: Sequence[Row]) -> list[Chosen]:
+    """These tokens of rows with these logits (B, V), with the log-probabilities that each row wants."""
     wanted = [row.sampling.logprobs for row in rows]
-    chosen = tokens.tolist()
     if all(each is None for each in wanted):
-        return [Chosen(token) for token in chosen]
-    told = logits.log_softmax(-1)  # (B, V)
-    own = told.gather(1, tokens[:, None])[:, 0].tolist()
-    values, indices = (each.tolist() for each in told.topk(min(max(n or 0 for n in wanted), vocabulary)))
+        return [Chosen(token) for token in tokens]
+    told = logits.float().log_softmax(-1)  # (B, V)
+    values, indices = (each.tolist() for each in told.topk(min(max(n or 0 for n in wanted), told.shape[1])))
     return [
-        Chosen(token, own[at], dict(zip(indices[at][:n], values[at][:n], strict=True)))
+        Chosen(token, float(told[at, token]), dict(zip(indices[at][:n], values[at][:n], strict=True)))
         if (n := wanted[at]) is not None
         else Chosen(token)
-        for at, token in enumerate(chosen)
+        for at, token in enumerate(tokens)
     ]
 
 

@@ -60,11 +60,11 @@ def test_rows_have_their_own_settings_and_random_numbers() -> None:
     assert found[0].tolist() == [0, 0, 0, 0, 1, 0]
     torch.testing.assert_close(found[1], LOGITS[0].softmax(-1))
     counts = torch.zeros(6)
-    for _ in range(4000):
+    for _ in range(1500):
         chosen = choose(LOGITS.repeat(3, 1), rows, 6)
         assert chosen[0].token == 4
         counts[chosen[1].token] += 1
-    torch.testing.assert_close(counts / 4000, found[1], atol=0.03, rtol=0)
+    torch.testing.assert_close(counts / 1500, found[1], atol=0.05, rtol=0)
 
 
 def test_generated_tokens_are_made_less_likely_once_or_each_time() -> None:

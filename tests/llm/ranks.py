@@ -24,13 +24,13 @@ DEADLINE_S = 120.0
 class Ranks:
     """Processes that stay, so that torch is imported once: each call joins some of them to a group of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int = RANKS) -> None:
         self.folder = folder
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.tensor"])
         self.ends: list[Connection] = []
         self.processes = []
-        for rank in range(RANKS):
+        for rank in range(size):
             mine, theirs = context.Pipe()
             self.processes.append(context.Process(target=serve, args=(rank, theirs), daemon=True))
             self.processes[-1].start()
