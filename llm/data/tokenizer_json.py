@@ -129,6 +129,10 @@ class JsonTokenizer:
             return self
         return JsonTokenizer(self.name, self._data, self._described, self._settings, spellings)
 
+    def original(self) -> bytes:
+        """The ``tokenizer.json`` as it was, without what its copy has."""
+        return self._data
+
     def file(self) -> bytes:
         """The file, with what the folder's other files say about tokens and chats inside."""
         if not self._settings:

@@ -90,6 +90,7 @@ class RanksTokenizer:
             ) from error
         known = ENCODINGS[encoding]
         self.name = name
+        self.pattern = known.pattern  # by which texts fall into words
         self._data, self._encoding = data, encoding
         largest = max(ranks.values())
         first = largest + 1 if known.after_ranks else 0
@@ -140,6 +141,10 @@ class RanksTokenizer:
     def file(self) -> bytes:
         """The ranks, and a first line that names the encoding."""
         return HEADER + self._encoding.encode() + b"\n" + self._data
+
+    def ranks(self) -> dict[bytes, int]:
+        """The id of each token that is not special, which is also when it is merged."""
+        return _ranks(self.name, self._data)
 
     def _array(self, text: str) -> NDArray[np.uint32]:
         found = self._words.ids(text)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from llm.checkpoint.format import CheckpointError, Commit
-from llm.checkpoint.lineage import newest_commit, read_manifest
+from llm.checkpoint.format import CheckpointError, Commit, Manifest
+from llm.checkpoint.lineage import newest_commit, read_manifest, read_part
 from llm.data.streaming import TOKENIZER
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
 from llm.train.base import check_base, fill, identity
 from llm.train.lora import add_adapters, trained
-from llm.train.pieces import local_pieces
+from llm.train.pieces import DTYPES, local_pieces
 from llm.train.resharding import load as load_tensors
 from llm.train.world import World
 from llm.utils.config import ConfigError, TrainingConfig
-from llm.utils.storage import open_storage
+from llm.utils.storage import Storage, open_storage
 
 
 def load_model(
@@ -43,12 +43,12 @@ def load_model(
                 "python -m llm.tools.lora_export first"
             )
         with torch.device("meta"):
-            model = Transformer(config.model)
+            model = _as_saved(Transformer(config.model), storage, commit, manifest)
         load_tensors(storage, commit, manifest, split_model(model, world), world, prefixes=("model.",))
         only_once(model, world)
         return model.to(dtype).eval().requires_grad_(False), commit
     with device:
-        model = Transformer(config.model)
+        model = _as_saved(Transformer(config.model), storage, commit, manifest)
     add_adapters(model, config.lora)
     parameters = dict(model.named_parameters())
     if config.lora.rank:
@@ -57,6 +57,22 @@ def load_model(
     pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
     load_tensors(storage, commit, manifest, pieces, world, prefixes=("model.",))
     return model.to(dtype).eval().requires_grad_(False), commit
+
+
+def _as_saved(model: Transformer, storage: Storage, commit: Commit, manifest: Manifest) -> Transformer:
+    """``model`` with the types of values that its tensors were saved in: training's are float32, imported ones any."""
+    missing = {f"model.{name}" for name, _ in model.named_parameters()}
+    found: dict[str, torch.dtype] = {}
+    for rank in range(manifest.world_size):  # each rank of most layouts holds a part of every tensor
+        if not missing:
+            break
+        for name, tensor in read_part(storage, commit, manifest, rank).tensors.items():
+            if name in missing:
+                found[name] = DTYPES[tensor.dtype]
+                missing.remove(name)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(found.get(f"model.{name}", parameter.dtype))
+    return model
 
 
 def load_run_tokenizer(run_url: str, commit: Commit) -> Tokenizer:

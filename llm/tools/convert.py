@@ -75,14 +75,18 @@ def run_import(options: argparse.Namespace) -> None:
     import torch  # noqa: F401 - to say at once that it is missing
 
     from llm.tools.commit_writer import next_commit, write_commit
+    from llm.tools.hf_run import describe_run, model_of
     from llm.tools.renaming import rename
 
     storage = open_storage(_absolute(options.run_url))
     model = _model_config(storage)
     if options.heads is not None and options.heads < 1:
         raise CheckpointError(f"--heads {options.heads}: give the number of query heads")
+    folder = open_storage(_absolute(options.source))
+    source = _open(folder)
+    described = model_of(folder) if model is None and source.format == "hf" else None
+    model = model or described
     heads = options.heads or (model.n_heads if model else None)
-    source = _open(open_storage(_absolute(options.source)))
     if source.unreadable and not options.skip_unreadable:
         raise CheckpointError(
             f"{options.source}: {_few(source.unreadable)} cannot be read without running code that is stored there; "
@@ -95,10 +99,13 @@ def run_import(options: argparse.Namespace) -> None:
     step = _step(options, source)
     state = {**(source.state or _state_of(options.source, source, names)), "step": step}
     commit, parent = next_commit(storage, step)
+    written = describe_run(storage, folder, described) if described else None
     with _progress("importing") as (expect, advance):
         expect(sum(item.box.bytes for item in source.items))
         manifest = write_commit(storage, commit, parent, source.items, state, advance)
     print(f"imported {commit.path}: {_amount({item.box.name for item in source.items}, manifest.bytes)}, {names}")
+    if written:
+        print(f"wrote {written} from {options.source}")
     if source.unreadable:
         print(f"left out {len(source.unreadable)}: {_few(source.unreadable)}")
 
@@ -109,7 +116,7 @@ def run_export(options: argparse.Namespace) -> None:
 
     from llm.tools.dcp_export import export_dcp
     from llm.tools.export import export_torch, opened
-    from llm.tools.hf_export import export_hf
+    from llm.tools.export_hf import export_hf
     from llm.tools.lora_export import export_peft, has_adapters, merged
 
     theirs = options.format in ("hf", "peft")

@@ -403,7 +403,7 @@ def hf_logits(weights: dict[str, torch.Tensor], config: dict[str, Any], tokens: 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_hf_computes_the_same(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.tools.hf_export.FILE", 100_000)
+    monkeypatch.setattr("llm.tools.export_hf.FILE", 100_000)
     monkeypatch.setattr(export, "PIECE", 9_000)
     config = write_config(tmp_path / "run", model__tie_embeddings=tied, model__rope_theta=500.0)
     model = model_of(config)

@@ -10,7 +10,7 @@ import torch
 from llm.checkpoint.format import CheckpointError
 from llm.model.init import init_weights
 from llm.model.transformer import Transformer
-from llm.tools.hf_export import hf_config
+from llm.tools.hf_config import hf_config
 from llm.tools.hf_names import recognise, to_hf
 from llm.utils.config import ModelConfig, RopeScaling
 

@@ -1,8 +1,15 @@
-"""Writing the weights as Hugging Face's transformers read them: safetensors files, their index, and config.json."""
+"""Writing a folder that Hugging Face's transformers, and what reads its folders, take as it is.
+
+    python -m llm.tools.export_hf RUN TARGET [--commit C] [--dtype bfloat16]
+
+Weights as safetensors files and their index, config.json, the tokenizer, generation_config.json, and a model card that
+says where they are from. The same as ``python -m llm.tools.convert export --format hf``.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -12,10 +19,13 @@ from llm.checkpoint.format import CheckpointError
 from llm.model.transformer import Transformer
 from llm.tools.destination import REMOTE_FILE, local_path, new_folder
 from llm.tools.export import Exported, Saved
+from llm.tools.hf_card import model_card
+from llm.tools.hf_config import generation_config, hf_config
 from llm.tools.hf_import import INDEX
 from llm.tools.hf_names import to_hf
+from llm.tools.hf_tokenizer import tokenizer_files
 from llm.train.pieces import DTYPES
-from llm.utils.config import ModelConfig, RopeScaling, head_size
+from llm.utils.config import ModelConfig
 
 FILE = 4 << 30  # bytes of a file, unless one tensor is larger
 SHOWN = 10
@@ -40,74 +50,27 @@ def export_hf(source: Exported, config: ModelConfig, dtype: str | None, target: 
                 for part, data in source.read(inside):
                     sink.write(_bytes(data.to(DTYPES[kept[part.name].dtype])))
             index.update({_hf(name): file for name in inside})
-        with folder.file("config.json") as sink:
-            sink.write(json.dumps(hf_config(config, kept), indent=2).encode())
+        for file, content in _beside(source, config, kept).items():
+            with folder.file(file) as sink:
+                sink.write(content)
         total = sum(saved.bytes for saved in kept.values())
         with folder.file(INDEX, last=True) as sink:
             sink.write(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2).encode())
 
 
-def hf_config(config: ModelConfig, tensors: dict[str, Saved]) -> dict[str, Any]:
-    """``config.json`` of the family that has this shape: Llama, Qwen 2, Qwen 3 or Mistral.
+def _beside(source: Exported, config: ModelConfig, tensors: dict[str, Saved]) -> dict[str, bytes]:
+    """What the folder has beside the weights: name -> content."""
+    from llm.inference.load import load_run_tokenizer
 
-    Raises CheckpointError for a shape that none of them has.
-    """
-    family, own = _family(config)
-    dtypes = {str(DTYPES[saved.dtype]).removeprefix("torch.") for saved in tensors.values()}
-    return {
-        "architectures": [f"{family}ForCausalLM"],
-        "model_type": family.lower(),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": head_size(config),
-        "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling(config.rope_scaling),
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
-        **own,
+    url = source.storage.url
+    tokenizer = load_run_tokenizer(url, source.commit)
+    described = {
+        "config.json": hf_config(config, tensors) | generation_config(tokenizer),
+        "generation_config.json": generation_config(tokenizer),
     }
-
-
-def _family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Its name in transformers, and what its config has beside that of the others."""
-    biases = config.qkv_bias, config.out_bias, config.ffn_bias
-    windows = {"use_sliding_window": config.window is not None, "sliding_window": config.window, "max_window_layers": 0}
-    if config.init != "mup" and not config.full_every:
-        if config.qk_norm and not any(biases):
-            return "Qwen3", {"attention_bias": False, **windows}
-        if not config.qk_norm and biases == (True, False, False) and head_size(config) * config.n_heads == config.dim:
-            return "Qwen2", windows
-        if not config.qk_norm and config.window is not None and not any(biases):
-            return "Mistral", {"sliding_window": config.window}
-        if not config.qk_norm and config.window is None and config.qkv_bias == config.out_bias:
-            return "Llama", {"attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
-    raise CheckpointError(
-        "no family of Hugging Face has this shape (qk_norm, biases, window, full_every, init=mup together): "
-        "export --format dcp or torch keeps it"
-    )
-
-
-def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    own: dict[str, Any] = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    if scaling.kind == "yarn":
-        own = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        if scaling.attention_factor is not None:
-            own["attention_factor"] = scaling.attention_factor
-    original = scaling.original_max_seq_len
-    return {
-        "rope_type": scaling.kind, "factor": scaling.factor, "original_max_position_embeddings": original, **own
-    }  # fmt: skip
+    files = {name: json.dumps(values, indent=2).encode() for name, values in described.items()}
+    files |= tokenizer_files(tokenizer, config.max_seq_len)
+    return files | {"README.md": model_card(source, config, tokenizer).encode()}
 
 
 def _model(source: Exported, config: ModelConfig) -> list[str]:
@@ -157,3 +120,15 @@ def _header(tensors: dict[str, Saved]) -> bytes:
 
 def _bytes(data: Tensor) -> memoryview:
     return data.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; returns the exit code. See :mod:`llm.tools.convert`."""
+    from llm.tools.convert import main as convert
+
+    given = sys.argv[1:] if argv is None else argv
+    return convert(["--prog", "python -m llm.tools.export_hf", "export", "--format", "hf", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
