@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-TREE = Path(__file__).parents[1]
+from turns import TREE, ratio, serve, take_turns
+
 ALL = ("ours", "ours-compiled", "transformers", "transformers-compiled", "torchtitan", "torchtitan-compiled", "litgpt")
 BASE = "transformers"
 THREADS = 2
@@ -50,8 +49,8 @@ def make_environment(folder: Path) -> None:
     subprocess.run([*pip, "--no-deps", *NEEDED], check=True)
 
 
-def serve(name: str) -> None:
-    """Be a contender: build, then a step for every line on standard input, told as JSON."""
+def contend(name: str) -> None:
+    """Be a contender: build, then a step for every turn."""
     import torch
     from training_models import CONTENDERS, LENGTH, ROWS, SHAPE
 
@@ -62,69 +61,24 @@ def serve(name: str) -> None:
     pairs = torch.frombuffer(bytearray(text[: len(text) // 2 * 2]), dtype=torch.uint8).view(-1, 2).long()
     tokens = (pairs[:, 0] * 256 + pairs[:, 1]) % SHAPE.vocab_size  # two letters a token
     generator = torch.Generator().manual_seed(1)
-    for _ in sys.stdin:
+
+    def work() -> dict[str, float]:
         starts = torch.randint(len(tokens) - LENGTH - 1, (ROWS,), generator=generator)
-        rows = torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
-        began, cpu = time.perf_counter(), time.process_time()
-        loss = step(rows)
-        answer = {"loss": loss, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-        print(json.dumps(answer), flush=True)
+        return {"loss": step(torch.stack([tokens[start : start + LENGTH + 1] for start in starts]))}
 
-
-class Contender:
-    """A process that waits for its turn."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.steps: list[dict[str, float]] = []
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name],
-            cwd=TREE,
-            env={**os.environ, "PYTHONPATH": f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def step(self) -> None:
-        """Have it make one."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        for text in self.process.stdout:  # what libraries print is left out
-            if text.startswith("{"):
-                self.steps.append(json.loads(text))
-                return
-        raise SystemExit(f"{self.name} ended; what it needs: see the head of {Path(__file__).name}")
-
-    def times(self, clock: str) -> list[float]:
-        """Seconds of its timed steps."""
-        return [step[clock] for step in self.steps[WARMUP:]]
+    serve(work)
 
 
 def compare(names: list[str], rounds: int) -> list[dict[str, Any]]:
     """Run them in turn. Raises SystemExit when their losses do not agree."""
-    contenders = [Contender(name) for name in names]
-    try:
-        for contender in contenders:  # one after the other: compilers would disturb each other
-            for _ in range(WARMUP):
-                contender.step()
-        for turn in range(rounds):
-            at = turn % len(contenders)
-            for contender in contenders[at:] + contenders[:at]:
-                contender.step()
-    finally:
-        for contender in contenders:
-            contender.process.kill()
-            contender.process.wait()
+    contenders = take_turns(__file__, names, rounds, WARMUP)
     first = contenders[0]
     base = next((each for each in contenders if each.name == BASE), first)
     rows = []
     for each in contenders:
         apart = max(
             abs(mine["loss"] - theirs["loss"]) / theirs["loss"]
-            for mine, theirs in zip(each.steps, first.steps, strict=True)
+            for mine, theirs in zip(each.answers, first.answers, strict=True)
         )
         if apart > TOLERANCE:
             raise SystemExit(f"the losses of {each.name} and {first.name} differ by {apart:.1e}: not the same training")
@@ -136,16 +90,11 @@ def compare(names: list[str], rounds: int) -> list[dict[str, Any]]:
                 "step_s": seconds,
                 "speed_up": ratio(base, each, "wall"),
                 "speed_up_cpu": ratio(base, each, "cpu"),
-                "loss": each.steps[-1]["loss"],
+                "loss": each.answers[-1]["loss"],
                 "losses_apart": apart,
             }
         )
     return rows
-
-
-def ratio(base: Contender, other: Contender, clock: str) -> float:
-    """How many times as fast ``other`` is: the median over rounds."""
-    return statistics.median(b / o for b, o in zip(base.times(clock), other.times(clock), strict=True))
 
 
 def main() -> None:
@@ -158,7 +107,7 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve)
+        return contend(arguments.serve)
     if arguments.install:
         return make_environment(arguments.install)
     rows = compare(arguments.contenders or list(ALL), arguments.rounds)

@@ -74,6 +74,13 @@ def ours(compiled: bool) -> Step:
 
 def hugging_face(compiled: bool) -> Step:
     """transformers' LlamaForCausalLM with its own loss, torch's fused AdamW and clipping, as in its Trainer."""
+    model = hugging_face_model(use_cache=False)
+    forward: Any = torch.compile(model) if compiled else model
+    return torch_step(model, lambda rows: _hugging_face_loss(forward, rows))
+
+
+def hugging_face_model(use_cache: bool = True) -> Any:
+    """transformers' model with the weights that all start from."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -87,12 +94,11 @@ def hugging_face(compiled: bool) -> Step:
         rms_norm_eps=SHAPE.norm_eps,
         rope_theta=SHAPE.rope_theta,
         tie_word_embeddings=False,
-        use_cache=False,
+        use_cache=use_cache,
     )
     model = LlamaForCausalLM(config)  # SDPA is its default attention
     load(model, {_hugging_face_name(name): value for name, value in weights().items()})
-    forward: Any = torch.compile(model) if compiled else model
-    return torch_step(model, lambda rows: _hugging_face_loss(forward, rows))
+    return model
 
 
 def _hugging_face_loss(forward: Any, rows: Tensor) -> Tensor:
@@ -216,6 +222,13 @@ class WithoutTriton:
 
 def litgpt(compiled: bool) -> Step:
     """litgpt's GPT with the settings of its Llama models."""
+    model = litgpt_model()
+    forward: Any = torch.compile(model) if compiled else model
+    return torch_step(model, lambda rows: _cross_entropy(forward(rows[:, :-1]), rows[:, 1:]))
+
+
+def litgpt_model() -> Any:
+    """litgpt's model with the weights that all start from."""
     from litgpt.config import Config
     from litgpt.model import GPT
 
@@ -242,8 +255,7 @@ def litgpt(compiled: bool) -> Step:
         parts = [given.pop(f"blocks.{layer}.attention.w{x}.weight") for x in "qkv"]
         given[f"blocks.{layer}.attention.qkv.weight"] = torch.cat(parts)
     load(model, {_litgpt_name(name): value for name, value in given.items()})
-    forward: Any = torch.compile(model) if compiled else model
-    return torch_step(model, lambda rows: _cross_entropy(forward(rows[:, :-1]), rows[:, 1:]))
+    return model
 
 
 def _litgpt_name(name: str) -> str:
