@@ -16,6 +16,7 @@ from llmops.job import JobView
 from llmops.runs import records
 from llmops.runs.model import Run
 from llmops.runs.store import Store, default_runs_url, open_store
+from llmops.suggest import hint
 
 if TYPE_CHECKING:  # what composes and submits is of no use to those who only look
     from llmops import launch
@@ -61,7 +62,7 @@ def all_overrides(overrides: Sequence[str], backend: str | None, name: str | Non
         Path.cwd()
     except FileNotFoundError as error:
         raise UserError("the current folder no longer exists; change to one that does") from error
-    _check_backend(backend)
+    check_backend(backend)
     full = [f"cluster={backend}"] if backend else []
     full += overrides
     if name is not None:
@@ -71,9 +72,12 @@ def all_overrides(overrides: Sequence[str], backend: str | None, name: str | Non
     return full
 
 
-def _check_backend(backend: str | None) -> None:
+def check_backend(backend: str | None) -> None:
+    """Raise :class:`UserError` for a ``--backend`` that there is not."""
     if backend is not None and backend not in backends.NAMES:
-        raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
+        raise UserError(
+            f"--backend {backend}: choose one of {', '.join(backends.NAMES)}{hint(backend, backends.NAMES)}"
+        )
 
 
 def submit(prepared: launch.Prepared) -> Run:
@@ -265,7 +269,7 @@ def resume(
     from llmops.config.compose import group
     from llmops.config.recompose import recompose
 
-    _check_backend(backend)
+    check_backend(backend)
 
     now = status(run)
     if now.state in ("running", "pending", "preempted"):
@@ -340,3 +344,11 @@ def series(runs: Sequence[Run], points: int = 500) -> dict[str, dict[str, list[A
     from llmops.monitor.detail import overlay
 
     return overlay(runs, points)
+
+
+def difference(left: Run, right: Run) -> dict[str, Any]:
+    """How two runs differ: the stable JSON object of ``llmops diff --json``."""
+    from llmops.monitor.difference import difference as compare
+
+    one, two = _statuses([records.load_run(run.store) for run in (left, right)])
+    return compare((one.run, two.run), (one.job, two.job), time.time())

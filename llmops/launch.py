@@ -47,6 +47,8 @@ class Prepared:
     owner: str
     host: str
     created: float
+    cloned_from: str | None = None  # id of a run
+    code: records.Code | None = None  # a snapshot that is in the store already; else one is taken
 
     @property
     def config(self) -> RunConfig:
@@ -216,12 +218,21 @@ def dry_run(prepared: Prepared) -> str:
 
 def dry_origin(prepared: Prepared) -> Origin:
     """Of a submission whose snapshot is not taken."""
+    if prepared.code is not None:
+        return Origin(f"{prepared.runs.url}/{archive_path(prepared.code)}")
     return Origin(f"{prepared.runs.url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None)
+
+
+def archive_path(code: records.Code) -> str:
+    """Where a snapshot lies in a run store."""
+    return f"code/{code.sha256}.tar.gz"
 
 
 def snapshot(prepared: Prepared) -> tuple[records.Code | None, str | None]:
     """Store the code that the run will use; what to record of it, and where it is. None where it is switched off."""
     config = prepared.config.code
+    if prepared.code is not None:
+        return prepared.code, f"{prepared.runs.url}/{archive_path(prepared.code)}"
     if not config.enabled:
         return None, None
     from llmops import code
@@ -247,6 +258,7 @@ def start(prepared: Prepared) -> Store:
         ranks_per_node=config.cluster.ranks_per_node,
         max_steps=config.train.max_steps if trains(config) else None,
         code=code,
+        cloned_from=prepared.cloned_from,
         version=__version__,
     )
     run = records.create_run(prepared.runs.url, record, prepared.composed.yaml_text.encode())

@@ -72,7 +72,7 @@ def machine(storage: Storage) -> dict[str, Any] | None:
     """What the newest checkpoint says of the machines that made it."""
     commit = newest_commit(storage)
     state = read_manifest(storage, commit).state if commit else {}
-    found = state.get("reproducibility")
+    found = state.get("made_by")
     return found if isinstance(found, dict) else None
 
 

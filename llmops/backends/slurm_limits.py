@@ -9,11 +9,11 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from llmops.config.schema import SlurmCluster, time_limit_seconds
 from llmops.errors import UserError
+from llmops.suggest import hint
 
 # File systems that many machines mount. Anything else is taken for one machine's own disk.
 SHARED = re.compile(
@@ -66,9 +66,8 @@ def check_limits(cluster: SlurmCluster, sinfo: str) -> str:
         )
     for part in name.split(","):
         if part not in partitions:
-            close = get_close_matches(part, partitions, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; this cluster has: {', '.join(sorted(partitions))}"
-            raise UserError(f"cluster.partition={part}: there is no such partition{hint}")
+            near = hint(part, partitions) or f"; this cluster has: {', '.join(sorted(partitions))}"
+            raise UserError(f"cluster.partition={part}: there is no such partition{near}")
     problems = [_problem(cluster, part, partitions[part]) for part in name.split(",")]
     if all(problems):
         raise UserError(str(problems[0]))

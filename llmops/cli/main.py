@@ -10,6 +10,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would be a fifth of what --help costs
+    from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
 VERBS = {
@@ -26,6 +27,10 @@ VERBS = {
     "sweep": "run a configuration with many values, as one study; also sweep status|report|best|resume",
     "metrics": "serve run states to Prometheus, and tell it where jobs serve theirs",
     "ckpt": "list, check, name and remove checkpoints",
+    "diff": "how two runs differ: configuration, code, environment, data, results",
+    "clone": "a new run with the configuration of another, and what you change",
+    "schema": "a JSON schema of the YAML files, for editors",
+    "completion": "the script that makes TAB complete verbs, names, keys and values",
 }
 # Verbs of two words: what follows the first is one of these, or an override.
 ACTIONS = {
@@ -52,18 +57,49 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is; exit code 2."""
-        for kind in ("verb", "action"):
-            if message.startswith(f"argument {kind.upper()}: invalid choice"):
-                from difflib import get_close_matches
+        argument, invalid, rest = message.removeprefix("argument ").partition(": invalid choice: ")
+        if invalid:
+            from llmops.suggest import hint
 
-                wrong = message.split("'")[1]
-                known = next(action.choices for action in self._actions if action.dest == kind)
-                close = get_close_matches(wrong, known or (), 1)
-                message = f"there is no {kind} {wrong!r}" + (f"; did you mean {close[0]}?" if close else "")
+            wrong = rest.split("'")[1]
+            chosen = next(action for action in self._actions if argument in (action.metavar, *_both(action)))
+            known = list(chosen.choices or ())
+            if chosen.dest in ("verb", "action"):
+                message = f"there is no {chosen.dest} {wrong!r}{hint(wrong, known)}"
+            else:
+                message = f"{argument} {wrong}: choose one of {', '.join(known)}{hint(wrong, known)}"
         self.exit(complain(f"{message}; see `{self.prog} --help`", 2))
 
+    def unrecognized(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words that are neither options nor arguments; exit code 2."""
+        from llmops.suggest import hint
 
-def build_parser(verb: str | None) -> argparse.ArgumentParser:
+        wrong = next((word for word in words if word.startswith("-")), words[0])
+        known = [name for name in self.names() if name.startswith("--")]
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint(wrong.partition('=')[0], known)}")
+
+    def names(self) -> Iterator[str]:
+        """All options, those of the verb included."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser.names()
+
+    def format_help(self) -> str:
+        """The help, with examples of the verb that can be pasted."""
+        from llmops.cli.examples import EXAMPLES
+
+        examples = EXAMPLES.get(self.prog.partition(" ")[2], "")
+        text = super().format_help()
+        return f"{text}\nexamples:\n{examples}" if examples else text
+
+
+def _both(action: argparse.Action) -> tuple[str, ...]:
+    return ("/".join(action.option_strings), action.dest)
+
+
+def build_parser(verb: str | None) -> Parser:
     """The parser; only ``verb``'s own arguments are filled in, since filling in all would import all."""
     parser = Parser(
         prog="llmops",
@@ -92,33 +128,40 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run one command. Returns the exit code: 0 fine, 1 the run failed or the cluster did not answer, 2 bad input."""
-    command: list[str] = []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, command = argv[:cut], argv[cut + 1 :]
-        if not command:
-            return complain("nothing follows --: give the command to run, or leave -- out", 2)
-    verb, argv = _verb(argv)
-    parser = build_parser(verb)
-    arguments, rest = parser.parse_known_args(argv)
-    if rest:  # argparse takes the overrides that follow an option for strangers
-        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.overrides += rest
+    arguments = parse(argv)
     if arguments.version:
         from llmops import __version__
 
         print(f"llmops {__version__}")
         return 0
     if arguments.verb is None:
-        parser.print_help()
+        build_parser(None).print_help()
         return 0
-    if command and arguments.verb not in ("submit", "render", "sweep"):
-        return complain(f"{arguments.verb} takes no command after --", 2)
-    if arguments.runs_url == "":
-        return complain("--runs-url is empty: give a folder or a URL, or leave it out", 2)
-    arguments.command = command
     return _guarded(arguments)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of one command. Leaves with exit code 2 where they are none."""
+    command: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, command = argv[:cut], argv[cut + 1 :]
+        if not command:
+            sys.exit(complain("nothing follows --: give the command to run, or leave -- out", 2))
+    verb, argv = _verb(argv)
+    parser = build_parser(verb)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes the overrides that follow an option for strangers
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+            parser.unrecognized(rest)
+        arguments.overrides += rest
+    if arguments.verb is not None:
+        if command and arguments.verb not in ("submit", "render", "sweep"):
+            sys.exit(complain(f"{arguments.verb} takes no command after --", 2))
+        if arguments.runs_url == "":
+            sys.exit(complain("--runs-url is empty: give a folder or a URL, or leave it out", 2))
+    arguments.command = command
+    return arguments
 
 
 def _verb(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -182,6 +225,10 @@ def _open_streams() -> None:
 def entry() -> None:
     """The console script."""
     _open_streams()
+    if sys.argv[1:2] == ["__complete"]:  # what the shells' scripts ask at every TAB
+        from llmops.cli.complete import answer
+
+        sys.exit(answer(sys.argv[2:]))
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:

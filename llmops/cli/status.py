@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from llmops import api, overview, studies
 from llmops.errors import UserError
 from llmops.runs.store import default_runs_url
+from llmops.suggest import hint
 
 if TYPE_CHECKING:
     from llmops.monitor.describe import Described
@@ -99,7 +100,7 @@ def _wanted(arguments: argparse.Namespace) -> overview.Wanted:
     known = get_args(State)
     for state in states:
         if state not in known:
-            raise UserError(f"--state {state}: choose of {', '.join(known)}")
+            raise UserError(f"--state {state}: choose of {', '.join(known)}{hint(state, known)}")
     since = None if arguments.age is None else time.time() - seconds(arguments.age, "--age")
     user = whoami()[0] if arguments.user == "me" else arguments.user
     return overview.Wanted(frozenset(states), arguments.name, user, since)

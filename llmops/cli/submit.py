@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmops import api
 from llmops.launch import Prepared, dry_run
+from llmops.runs.model import Run
 
 
 def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
@@ -42,7 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dry_run(prepared), end="")
         return 0
-    submitted = api.submit(prepared)
+    return show(api.submit(prepared), arguments)
+
+
+def show(submitted: Run, arguments: argparse.Namespace) -> int:
+    """Say what was submitted, and follow it if asked to."""
     if arguments.json:
         import json
 

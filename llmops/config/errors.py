@@ -13,6 +13,7 @@ from llmops.config.groups import Groups
 from llmops.config.overrides import key_of
 from llmops.config.schema import CLUSTERS, RunConfig
 from llmops.errors import UserError
+from llmops.suggest import close, hint
 
 
 def schema_keys(cluster: str | None = None) -> dict[str, Any]:
@@ -56,12 +57,12 @@ def unknown_key(key: str, groups: Groups, overrides: Sequence[str], cluster: str
     known = schema_keys(cluster)
     names = [*known, *groups.options()]
     leaf = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
-    close = [name for name in close if difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio() > 0.5]
-    if not close or leaf == key:  # the right name in the wrong section, or in none
-        close = [name for name in names if name.rpartition(".")[2] == leaf][:1] or close
-    if close:
-        return UserError(f"{shown}: there is no key {key}; did you mean {close[0]}?")
+    near = close(key, names, n=3)
+    near = [name for name in near if difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio() > 0.5]
+    if not near or leaf == key:  # the right name in the wrong section, or in none
+        near = [name for name in names if name.rpartition(".")[2] == leaf][:1] or near
+    if near:
+        return UserError(f"{shown}: there is no key {key}; did you mean {near[0]}?")
     section = re.sub(r"\[[^\]]*\]", "[]", key).rpartition(".")[0]
     while section and section not in known:
         section = section.rpartition(".")[0]
@@ -92,10 +93,13 @@ def from_validation(
         return UserError(f"{name} has no value: give one, as {name}=...")
     if key == "cluster.backend" or (key == "cluster" and cluster not in CLUSTERS):
         shown = place("cluster.backend", groups, overrides)
-        return UserError(f"{shown}: there is no backend {cluster}; choose {' or '.join(CLUSTERS)}")
+        choose = f"choose {' or '.join(CLUSTERS)}"
+        return UserError(f"{shown}: there is no backend {cluster}; {choose}{hint(str(cluster), CLUSTERS)}")
     value = _value(data, key)
     expected = text.split(", got ")[0].replace("`", "").replace("Expected", "expected")
     expected = _plain(expected) if text.startswith("Expected") else _choices(key, text)
+    if isinstance(value, str):
+        expected += hint(value, values_of(schema_keys().get(re.sub(r"\[[^\]]*\]", "[]", key))))
     shown = place(key.split("[")[0], groups, overrides)
     what = shown if shown == f"override {key}={_show(value)}" else f"{shown}: {key}={_show(value)}"
     return UserError(f"{what} does not fit: {expected}")
@@ -169,10 +173,10 @@ def _missing(path: str, groups: Groups, overrides: Sequence[str]) -> UserError:
     options = groups.options().get(group)
     shown = place(group, groups, overrides) if group else path
     if options is None:
-        return UserError(f"{shown}: there is no group {group}; the groups are {', '.join(groups.options())}")
-    close = difflib.get_close_matches(option, options, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return UserError(f"{shown}: group {group} has no {option}.yaml; {hint}it has {', '.join(options)}")
+        known = f"the groups are {', '.join(groups.options())}{hint(group, groups.options())}"
+        return UserError(f"{shown}: there is no group {group}; {known}")
+    near = hint(option, options).removeprefix("; ")
+    return UserError(f"{shown}: group {group} has no {option}.yaml; {near}{near and ' '}it has {', '.join(options)}")
 
 
 def _malformed(override: str) -> str:
@@ -226,6 +230,15 @@ def _choices(key: str, text: str) -> str:
     kind = schema_keys().get(key)
     choices = [item for item in get_args(kind) if isinstance(item, str)]
     return f"expected {' or '.join(choices)}" if choices else text
+
+
+def values_of(kind: Any) -> list[str]:
+    """All values of an enumeration or a boolean; of a list, those of its items; nothing of other types."""
+    if kind is bool:
+        return ["true", "false"]
+    if isinstance(kind, str):
+        return [kind]
+    return [value for item in get_args(kind) for value in values_of(item)]
 
 
 def _plain(expected: str) -> str:

@@ -119,8 +119,6 @@ def checkpoints(run: Run) -> list[dict[str, Any]]:
 
 def config_changes(run: Run) -> list[dict[str, Any]]:
     """What each submission's configuration has that the one before had not, by key. Values are as they were written."""
-    import yaml
-
     found: list[dict[str, Any]] = []
     before: Mapping[str, Any] | None = None
     path = None
@@ -128,10 +126,7 @@ def config_changes(run: Run) -> list[dict[str, Any]]:
         if submission.record.config == path:
             continue
         path = submission.record.config
-        try:
-            now = _flat(yaml.safe_load(run.store.get(path)))
-        except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        now = configuration(run, path)
         if before is not None:
             found += [
                 {"key": key, "old": before.get(key), "new": now.get(key), "submission": submission.number}
@@ -142,12 +137,23 @@ def config_changes(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def configuration(run: Run, path: str) -> dict[str, Any]:
+    """One of a run's configurations, by dotted key."""
+    import yaml
+
+    try:
+        return flat(yaml.safe_load(run.store.get(path)))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys; an empty section is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value} if prefix else {}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 

@@ -40,6 +40,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_steps: int | None = None
     code: Code | None = None
     parent: str | None = None  # of a trial: its study
+    cloned_from: str | None = None  # id of the run whose configuration this one began with
     params: dict[str, Any] = {}  # of a trial: where it is in the study's space, by axis key
     version: str = ""
     format: int = FORMAT

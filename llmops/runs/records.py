@@ -17,6 +17,7 @@ import msgspec
 from llm.utils.structs import ready
 from llmops import __version__
 from llmops.errors import UserError
+from llmops.runs import ids
 from llmops.runs.model import (
     FORMAT,
     Attempt,
@@ -34,6 +35,7 @@ from llmops.runs.model import (
     SubmissionRecord,
 )
 from llmops.runs.store import Store, open_store
+from llmops.suggest import hint
 
 __all__ = [
     "Attempt",
@@ -81,9 +83,6 @@ __all__ = [
 
 MARKS = "resumed"
 _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
-_RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}")
-_STUDY_ID = re.compile(r"\d{8}-\d{6}-.+-[a-z2-7]{4}-sweep")
-_TRIAL_ID = re.compile(rf"({_STUDY_ID.pattern})\.(\d{{4,}})")
 _NUMBER = re.compile(r"\d{4,}")
 
 
@@ -109,7 +108,7 @@ def trial_id(study: str, trial: int) -> str:
 
 def path_of(run_id: str) -> str:
     """Where a run lies below the folder of all runs; a trial is inside its study."""
-    found = _TRIAL_ID.fullmatch(run_id)
+    found = ids.TRIAL.fullmatch(run_id)
     return f"{found[1]}/trials/{run_id}" if found else run_id
 
 
@@ -318,12 +317,12 @@ def list_runs(runs_url: str) -> list[Run]:
 
 def list_ids(store: Store) -> list[str]:
     """Ids of all runs, oldest first; trials are in their studies."""
-    return [name for name in store.list() if _RUN_ID.fullmatch(name)]
+    return [name for name in store.list() if ids.RUN.fullmatch(name)]
 
 
 def list_trials(store: Store, study: str) -> list[str]:
     """Ids of the trials of a study that have begun, in order."""
-    return [name for name in store.list(f"{study}/trials") if _TRIAL_ID.fullmatch(name)]
+    return [name for name in store.list(f"{study}/trials") if ids.TRIAL.fullmatch(name)]
 
 
 def load_runs(store: Store, ids: Sequence[str], done: Callable[[], object] = lambda: None) -> list[Run]:
@@ -346,7 +345,7 @@ def find_run(runs_url: str, ref: str) -> Run:
     study, slash, trial = ref.rpartition("/")
     if slash and trial.isdigit():
         ref = trial_id(find_study(runs_url, study), int(trial))
-    if _TRIAL_ID.fullmatch(ref):
+    if ids.TRIAL.fullmatch(ref):
         found = load_run(store.sub(path_of(ref)))
         if found.record is None and found.problems and not store.exists(path_of(ref)):
             raise UserError(f"{ref} has not begun yet, or there is no such trial; `llmops sweep status` lists them")
@@ -362,7 +361,7 @@ def find_study(runs_url: str, ref: str) -> str:
 
 def list_studies(store: Store) -> list[str]:
     """Ids of all studies in the folder of all runs, oldest first."""
-    return [name for name in store.list() if _STUDY_ID.fullmatch(name)]
+    return [name for name in store.list() if ids.STUDY.fullmatch(name)]
 
 
 def is_study(runs_url: str, ref: str) -> bool:
@@ -370,13 +369,13 @@ def is_study(runs_url: str, ref: str) -> bool:
     store = open_store(runs_url)
     listed = store.list()
     if ref in listed:
-        return bool(_STUDY_ID.fullmatch(ref))
+        return bool(ids.STUDY.fullmatch(ref))
     try:
-        _find(store, [name for name in listed if _STUDY_ID.fullmatch(name)], ref, "study")
+        _find(store, [name for name in listed if ids.STUDY.fullmatch(name)], ref, "study")
     except UserError:
         return False
     try:
-        _find(store, [name for name in listed if _RUN_ID.fullmatch(name)], ref, "run")
+        _find(store, [name for name in listed if ids.RUN.fullmatch(name)], ref, "run")
     except UserError:
         return True
     return False
@@ -400,11 +399,8 @@ def _find(store: Store, ids: list[str], ref: str, what: str) -> str:
         raise UserError(
             f"there is no {what} {ref!r}: {store.url} holds no {plural} (set LLMOPS_RUNS_URL to look elsewhere)"
         )
-    from difflib import get_close_matches
-
-    close = get_close_matches(ref, {*names, *names.values()}, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; `llmops status` lists them"
-    raise UserError(f"there is no {what} {ref!r} in {store.url}{hint}")
+    near = hint(ref, dict.fromkeys([*names.values(), *names]), n=3, cutoff=0.5) or "; `llmops status` lists them"
+    raise UserError(f"there is no {what} {ref!r} in {store.url}{near}")
 
 
 class _Named(msgspec.Struct):
@@ -412,7 +408,7 @@ class _Named(msgspec.Struct):
 
 
 def _name(store: Store, run_id: str) -> str:
-    path = "study.json" if _STUDY_ID.fullmatch(run_id) else "run.json"
+    path = "study.json" if ids.STUDY.fullmatch(run_id) else "run.json"
     record = _Reader(store.sub(run_id)).read(path, _Named)
     return record.name if record else run_id
 
