@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from llmops.cache_dir import cache_dir
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -33,10 +35,8 @@ _BY_METAVAR = {
 
 def folder() -> Path | None:
     """Where completion keeps what it knows; None where there is no home."""
-    from llmops.config.cache import folder as of_compositions
-
-    shared = of_compositions()
-    return shared.parent / "completion" if shared else None
+    shared = cache_dir()
+    return shared / "completion" if shared else None
 
 
 def load() -> Index:
@@ -155,6 +155,10 @@ def _kind(action: argparse.Action, verb: str) -> str | list[str]:
 
         return list(get_args(State))
     metavar = str(action.metavar or action.dest)
+    if metavar == "KIND":
+        from llmops.config.json_schema import names
+
+        return names()
     if metavar.startswith("RUN"):
         return "any" if verb in _STUDIES_TOO else "run"
     return _BY_METAVAR.get(metavar, "")

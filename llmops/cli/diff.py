@@ -51,20 +51,21 @@ def _show(found: dict[str, Any], out: Console, files: int | None) -> None:
 
 
 def _section(out: Console, title: str, rows: list[dict[str, Any]], nothing: str) -> None:
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
+    from llmops.monitor.printing import columns
     from llmops.monitor.text import clean
 
     _line(out, f"\n{title}" if rows else f"\n{title}: {nothing}")
     if not rows:
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, pad_edge=False, header_style="bright_black")
-    for name in ("  key", "left", "right"):
+    table = columns()
+    for name in ("key", "left", "right"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(clean(text)) for text in ("  " + row["key"], _value(row["left"]), _value(row["right"]))))
-    out.print(table)
+        table.add_row(*(Text(clean(text)) for text in (row["key"], _value(row["left"]), _value(row["right"]))))
+    out.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _code(out: Console, code: dict[str, Any], most: int | None) -> None:

@@ -14,20 +14,16 @@ from typing import Any
 
 import msgspec
 
+from llmops.cache_dir import cache_dir
+
 KEEP = 200  # entries
 _SUFFIX = ".cfg"
 
 
 def folder() -> Path | None:
-    """``$LLMOPS_CACHE_DIR``, else ``llmops`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; ``None`` without a home."""
-    chosen = os.environ.get("LLMOPS_CACHE_DIR")
-    if chosen:
-        return Path(chosen) / "config"
-    # Not through platformdirs: importing it costs more than reading an entry does.
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not shared.is_absolute():
-        shared = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111 - Path.expanduser fails where there is no home
-    return shared / "llmops" / "config" if shared.is_absolute() else None
+    """A folder of :func:`llmops.cache_dir.cache_dir`."""
+    shared = cache_dir()
+    return shared / "config" if shared else None
 
 
 def digest(parts: Iterable[tuple[str, bytes]], overrides: Sequence[str]) -> str:

@@ -3,7 +3,7 @@ _llmops() {
     local IFS=$'\n' answer
     COMPREPLY=()
     # bash splits words at = and : before anyone is asked; the line as it was typed says what was meant.
-    answer=($(command "${COMP_WORDS[0]}" __complete bash "llmops ${COMP_LINE:0:COMP_POINT}" "$COMP_WORDBREAKS" 2>/dev/null </dev/null))
+    answer=($(command "${COMP_WORDS[0]}" __complete bash "${COMP_LINE:0:COMP_POINT}" "$COMP_WORDBREAKS" 2>/dev/null </dev/null))
     case ${answer[0]} in
         words) COMPREPLY=("${answer[@]:1}") ;;
         files) compopt +o nospace -o default ;;
