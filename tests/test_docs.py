@@ -77,6 +77,16 @@ SHOWN = {
         "README.md",
     ],
     "saving.md": ["finished", "latest", "step_"],
+    "comfort.md": [
+        "-F _llmops llmops",
+        "did you mean llama3_2_1b?",
+        "did you mean bfloat16?",
+        "exit code 2",
+        '"$schema"',
+        "hello, moon",
+        "env.WHOM",
+        '"left": {',
+    ],
     "cli.md": ['"state": "finished"', "usage: llmops submit"],
     "troubleshooting.md": ["no such file: corpus.txt", "retry.max_no_progress=1", "exit code 1"],
     "kubernetes.md": [

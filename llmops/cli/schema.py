@@ -25,14 +25,19 @@ def run(arguments: argparse.Namespace) -> int:
     kind, known = arguments.kind or json_schema.RUN, json_schema.names()
     if kind not in known:
         raise UserError(f"schema {kind}: choose one of {', '.join(known)}{hint(kind, known)}")
-    if arguments.all is not None:
-        if arguments.kind or arguments.output:
-            raise UserError("--all writes every kind: leave KIND and --output out")
-        paths = json_schema.write_all(arguments.all)
-        print(f"wrote {len(paths)} schemas into {arguments.all}: {', '.join(path.name for path in paths)}")
-    elif arguments.output is not None:
-        arguments.output.write_text(json_schema.text(kind), encoding="utf-8")
-        print(f"wrote {arguments.output}")
-    else:
-        print(json_schema.text(kind), end="")
+    if arguments.all is not None and (arguments.kind or arguments.output):
+        raise UserError("--all writes every kind: leave KIND and --output out")
+    try:
+        if arguments.all is not None:
+            paths = json_schema.write_all(arguments.all)
+            print(f"wrote into {arguments.all}: {', '.join(path.name for path in paths)}")
+        elif arguments.output is not None:
+            arguments.output.write_text(json_schema.text(kind), encoding="utf-8")
+            print(f"wrote {arguments.output}")
+        else:
+            print(json_schema.text(kind), end="")
+    except OSError as error:
+        if error.filename is None:  # of stdout
+            raise
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}; give another place") from error
     return 0

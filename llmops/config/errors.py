@@ -99,7 +99,7 @@ def from_validation(
     expected = text.split(", got ")[0].replace("`", "").replace("Expected", "expected")
     expected = _plain(expected) if text.startswith("Expected") else _choices(key, text)
     if isinstance(value, str):
-        expected += hint(value, values_of(schema_keys().get(re.sub(r"\[[^\]]*\]", "[]", key))))
+        expected += hint(value, values_of(_kind(key)))
     shown = place(key.split("[")[0], groups, overrides)
     what = shown if shown == f"override {key}={_show(value)}" else f"{shown}: {key}={_show(value)}"
     return UserError(f"{what} does not fit: {expected}")
@@ -227,9 +227,14 @@ def _value(data: Any, key: str) -> Any:
 
 
 def _choices(key: str, text: str) -> str:
-    kind = schema_keys().get(key)
-    choices = [item for item in get_args(kind) if isinstance(item, str)]
+    choices = values_of(_kind(key))
     return f"expected {' or '.join(choices)}" if choices else text
+
+
+def _kind(key: str) -> Any:
+    """The type of a key, or of what is in its list or mapping."""
+    known, name = schema_keys(), re.sub(r"\[[^\]]*\]", "[]", key)
+    return known.get(name, known.get(name.removesuffix("[]")))
 
 
 def values_of(kind: Any) -> list[str]:

@@ -16,7 +16,7 @@ TREE = Path(__file__).parents[2]
 NAMES = ("base", "two words", "col:on", "it's", "größe", "a=b")
 
 
-def add(root: Path, name: str, created: float = 0.0) -> str:
+def add(root: Path | str, name: str, created: float = 0.0) -> str:
     """A run that was never submitted; its id."""
     record = records.RunRecord(
         id=records.new_run_id(name, created),
