@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llm.tools import compare_runs
 from llmops.config.compose import load_config
 from llmops.config.recompose import changed
 from llmops.config.schema import SlurmCluster
@@ -140,7 +141,7 @@ def test_an_archive_that_is_gone_and_a_damaged_one(project: Project) -> None:
         archive.write_bytes(kept)
 
 
-def test_runs_of_the_trainer(tmp_path: Path) -> None:
+def test_runs_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = Project(tmp_path)
     config = ("recipe=tiny", "cluster.ranks_per_node=1", "dist=single", *SHORT)
     first = project.id_of(project.ok("submit", *config, "--name", "base", "--follow"))
@@ -154,6 +155,8 @@ def test_runs_of_the_trainer(tmp_path: Path) -> None:
     assert results["step"] == results["committed step"] == (4, 4)
     assert results["loss"][0] != results["loss"][1]
     assert all(results["held-out loss"])
+    assert compare_runs.main([str(tmp_path / "runs" / each) for each in (first, second)]) == 1
+    assert "machines: nothing that is recorded differs" in capsys.readouterr().out
     # It has begun anew: as many steps as the first, none of them the first's.
     steps = [
         json.loads(line) for line in (tmp_path / "runs" / second / "metrics" / "0000").joinpath("000000.jsonl").open()

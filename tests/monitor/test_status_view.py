@@ -69,6 +69,7 @@ def test_the_json_object(run: Any) -> None:
         "problems": [],
         "kind": "llm",
         "parent": None,
+        "cloned_from": None,
         "phase": "training",
         "tokens_per_s": None,
         "mfu": None,
