@@ -76,6 +76,13 @@ def test_dry_run_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".cache"], "a dry run writes nothing but its cache"
 
 
+def test_completion(installed: Path, tmp_path: Path) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "__complete" in run(installed / "llmops", "completion", shell, cwd=tmp_path)
+    answer = run(installed / "llmops", "__complete", "fish", "llmops", "submit", "model=ti", cwd=tmp_path)
+    assert answer.startswith("words\nmodel=tiny\t")
+
+
 def test_a_mistake_is_one_line(installed: Path, tmp_path: Path) -> None:
     command = [installed / "llmops", "submit", "--dry-run", "recipe=tinny"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)

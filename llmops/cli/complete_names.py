@@ -1,7 +1,7 @@
 """Names of runs and studies for completion.
 
 A folder is looked at: names never change, so that only new runs are read. An object store may take seconds: its names
-are those of the last look, and each TAB has them looked up anew in the background. Paths are spelled out here since
+are those of the last look, and a TAB has them looked up anew in the background. Paths are spelled out here since
 importing what knows them takes longer than a TAB may.
 """
 
@@ -17,6 +17,7 @@ from llmops.runs import ids
 
 NEWEST = 500  # runs of which names are offered
 LOOK_S = 30  # that a look at an object store may take
+AGAIN_S = 5  # between two looks at one
 
 
 def names(kind: str, runs_url: str | None, current: str) -> list[tuple[str, str]]:
@@ -50,15 +51,8 @@ def known_names(runs_url: str | None) -> dict[str, str] | None:
     path = _path(url)
     before: dict[str, str] = (path and complete_index.read(path)) or {}
     if remote:
-        import subprocess
-
-        subprocess.Popen(
-            [sys.executable, "-m", "llmops.cli.complete_names", url],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        if path:
+            _look_in_background(url, path.with_suffix(".asked"))
         return before
     try:
         listed = os.listdir(url)  # noqa: PTH208
@@ -70,6 +64,26 @@ def known_names(runs_url: str | None) -> dict[str, str] | None:
     if path and now != before:
         complete_index.write(path, now)
     return now
+
+
+def _look_in_background(url: str, asked: Path) -> None:
+    """Start a process that looks, unless one was started a moment ago."""
+    import subprocess
+    import time
+
+    try:
+        if time.time() - asked.stat().st_mtime < AGAIN_S:
+            return
+    except FileNotFoundError:
+        pass
+    complete_index.write(asked, {})
+    subprocess.Popen(
+        [sys.executable, "-m", "llmops.cli.complete_names", url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _path(url: str) -> Path | None:

@@ -69,29 +69,28 @@ def _section(out: Console, title: str, rows: list[dict[str, Any]], nothing: str)
 
 
 def _code(out: Console, code: dict[str, Any], most: int | None) -> None:
+    left, right, files = code["left"], code["right"], code["files"]
     if code["same"]:
-        _line(out, f"\ncode: the same, {_snapshot(code['left'])}")
+        _line(out, f"\ncode: the same, {_snapshot(left)}")
         return
-    _line(out, f"\ncode: {_snapshot(code['left'])}, and {_snapshot(code['right'])}")
-    if code["files"] is None:
-        if code["left"] and code["right"]:
-            _line(out, "  a snapshot is no longer there: what differs is not known")
-        return
+    _line(out, f"\ncode: {len(files)} files differ" if files else "\ncode")
+    _line(out, f"  left   {_snapshot(left)}")
+    _line(out, f"  right  {_snapshot(right)}")
+    if files is None and left and right:
+        _line(out, "  a snapshot is no longer there: which files differ is not known")
     signs = {"changed": "changed   ", "left": "left only ", "right": "right only"}
-    shown = code["files"][:most]
+    shown = (files or [])[:most]
     for each in shown:
         _line(out, f"  {signs[each['how']]}  {each['file']}")
-    if len(code["files"]) > len(shown):
-        _line(out, f"  and {len(code['files']) - len(shown)} more: --files shows all")
+    if files and len(files) > len(shown):
+        _line(out, f"  and {len(files) - len(shown)} more: --files shows all")
 
 
 def _snapshot(code: dict[str, Any] | None) -> str:
     if code is None:
         return "no snapshot"
-    commit = (
-        f" (commit {code['git_commit'][:8]}{', with changes' if code['dirty'] else ''})" if code["git_commit"] else ""
-    )
-    return f"{code['sha256'][:8]}{commit}"
+    commit = f"commit {code['git_commit'][:8]}{', with changes' if code['dirty'] else ''}" if code["git_commit"] else ""
+    return f"{code['sha256'][:8]}  {commit or 'no git repository'}"
 
 
 def _value(value: Any) -> str:

@@ -6,7 +6,7 @@ EXAMPLES = {
     "submit": """\
   llmops submit recipe=tiny --follow
   llmops submit model=1b dist=fsdp train.lr=1e-4 --name baseline
-  llmops submit --backend slurm recipe=tiny cluster.partition=gpu cluster.time=120
+  llmops submit --backend slurm recipe=tiny cluster.partition=gpu
   llmops submit --backend slurm cluster.nodes=2 -- python train.py --lr 3e-4
 """,
     "plan": """\

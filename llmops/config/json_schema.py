@@ -48,14 +48,16 @@ def schema(name: str) -> Schema:
     components["RunConfig"]["properties"]["cluster"] = _by_backend(components["RunConfig"]["properties"]["cluster"])
     if name == RUN:
         return _finished(name, {"$ref": f"{_REF}RunConfig"}, components)
+    top = {key: value for key, value in components["RunConfig"]["properties"].get(name, {}).items() if key != "default"}
+    if name == "hardware":
+        top = next(each for each in top["anyOf"] if "$ref" in each)
     for key in _within("RunConfig", components):
         _loosen(components[key])
     if name in WHOLE:
         return _finished(name, {"$ref": f"{_REF}RunConfig"}, components)
-    top = components["RunConfig"]["properties"][name]["anyOf"][0]  # without the interpolation
     if name == "hardware":  # conf/hardware/none.yaml is a file for the whole configuration
         nothing = {"type": "object", "properties": {name: {"type": "null"}}, "additionalProperties": False}
-        top = {"anyOf": [*top["anyOf"], nothing]}
+        return _finished(name, {"anyOf": [top, nothing]}, components)
     return _finished(name, top, components)
 
 
@@ -129,9 +131,11 @@ def _loosen(section: Schema) -> None:
     for key, field in section["properties"].items():
         field.pop("default", None)  # what a file leaves out is what it builds on
         described = {"description": field.pop("description")} if "description" in field else {}
-        alternatives = [field, _FILLED_IN]
-        if key in _NUMBER_AS_TEXT:
-            alternatives.append({"type": "number"})
+        alternatives = field.get("anyOf", [field])
+        if {"type": "string"} not in alternatives:
+            alternatives = [*alternatives, _FILLED_IN]
+        elif key in _NUMBER_AS_TEXT:
+            alternatives = [*alternatives, {"type": "number"}]
         section["properties"][key] = {**described, "anyOf": alternatives}
     section["properties"]["defaults"] = _DEFAULTS
 
@@ -140,4 +144,16 @@ def _finished(name: str, top: Schema, components: dict[str, Schema]) -> Schema:
     title = (
         "config.yaml of an llmops run" if name == RUN else f"llmops conf/{name}{'.yaml' if name == 'config' else ''}"
     )
-    return {"$schema": DIALECT, "title": title, **top, "$defs": components}
+    used = _used(top, components, {})
+    return {"$schema": DIALECT, "title": title, **top, "$defs": used}
+
+
+def _used(value: Any, components: dict[str, Schema], found: dict[str, Schema]) -> dict[str, Schema]:
+    """The components that a schema refers to, and those that they refer to."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _used(inner, components, found)
+    struct = value.get("$ref", "").removeprefix(_REF) if isinstance(value, dict) else ""
+    if struct and struct not in found:
+        found[struct] = components[struct]
+        _used(components[struct], components, found)
+    return found

@@ -64,6 +64,8 @@ def _config(runs: Pair, _: tuple[Described, Described]) -> list[Row]:
     left, right = (
         configuration(run, run.submissions[-1].record.config if run.submissions else "config.yaml") for run in runs
     )
+    # A section without keys differs from one with keys in these keys.
+    left, right = ({key: value for key, value in each.items() if value != {}} for each in (left, right))
     return rows(left, right)
 
 
@@ -120,31 +122,26 @@ def _archive(run: Run, digest: str) -> dict[str, str] | None:
 
 
 def _environment(runs: Pair, _: object = None) -> list[Row]:
-    """What made the runs, as their newest checkpoints say."""
+    """What ran the runs, and what made their newest checkpoints where both have one."""
     sides: list[dict[str, Any]] = []
-    for run in runs:
+    made = [_state(run).get("made_by", {}) for run in runs]
+    for run, each in zip(runs, made, strict=True):
         images = run.submissions[-1].image if run.submissions else None
-        made = {key: value for key, value in _state(run).get("made_by", {}).items() if key not in ("code", "layout")}
-        sides.append(
-            {
-                "llmops": run.record.version if run.record else None,
-                "backend": run.backend,
-                **({"image": images.digests} if images else {}),
-                **flat(made),
-            }
-        )
-    return _of_both(*sides)
+        side = {
+            "llmops": run.record.version if run.record else None,
+            "backend": run.backend,
+            "image": images.digests if images else None,
+        }
+        if all(made):
+            side |= flat({key: value for key, value in each.items() if key not in ("code", "layout")})
+        sides.append(side)
+    return rows(*sides)
 
 
 def _data(runs: Pair, _: object = None) -> list[Row]:
-    """What the runs read, and the digest of its tokenizer, as their newest checkpoints say."""
+    """What the runs read, and the digest of its tokenizer, where the newest checkpoints of both say so."""
     left, right = (flat(_state(run).get("data", {})) for run in runs)
-    return _of_both(left, right)
-
-
-def _of_both(left: dict[str, Any], right: dict[str, Any]) -> list[Row]:
-    # One that has written no checkpoint differs in nothing that is known.
-    return [row for row in rows(left, right) if row["left"] is not None and row["right"] is not None]
+    return rows(left, right) if left and right else []
 
 
 def _state(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llmops.cli import complete_index
 from llmops.runs import records
 
 TREE = Path(__file__).parents[2]
-NAMES = ("base", "two words", "col:on", "it's", "größe", "a=b")
+NAMES = ("base", "two words", "col:on", "it's", "größe", "a=b", "st*r $x")
 
 
 def add(root: Path | str, name: str, created: float = 0.0) -> str:

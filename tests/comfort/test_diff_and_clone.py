@@ -102,7 +102,7 @@ def test_a_clone_is_a_new_run_that_says_where_it_is_from(project: Project) -> No
 def test_diff_names_keys_and_files(project: Project) -> None:
     found = project.diff(project.first, project.second)
     assert {"key": "env.GREETING", "left": None, "right": "hello"} in found["config"]
-    assert {row["key"] for row in found["config"]} == {"name", "env", "env.GREETING"}
+    assert {row["key"] for row in found["config"]} == {"name", "env.GREETING"}
     assert found["code"]["same"] is False
     assert found["code"]["files"] == [
         {"file": "new.txt", "how": "right"},

@@ -103,7 +103,8 @@ def test_what_people_write_is_taken(name: str, text: str) -> None:
 
 
 def test_keys_are_described_as_in_conf() -> None:
-    parts = SCHEMAS["model"]["$defs"]
+    assert SCHEMAS["model"]["$defs"].keys() == {"ModelConfig", "RopeScaling"}
+    parts = SCHEMAS["config"]["$defs"]
     assert parts["ModelConfig"]["properties"]["dim"]["description"] == "width of the residual stream"
     assert parts["PrunerConfig"]["properties"]["min_step"]["description"].startswith("no trial is pruned")
     assert parts["SlurmCluster"]["properties"]["mem"]["description"].startswith("per node")
