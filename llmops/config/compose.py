@@ -118,7 +118,9 @@ def finish(base: dict[str, Any], what: str) -> Composed:
     try:
         config = msgspec.convert(data, RunConfig)
     except msgspec.ValidationError as error:
-        raise UserError(f"{what}: {str(error).replace('$.', '')}; correct the value") from error
+        from llmops.config import errors
+
+        raise UserError(f"{what}: {errors.from_validation(error, data, groups.Groups([], []), ())}") from error
     try:
         rules.check(config)
     except UserError as error:

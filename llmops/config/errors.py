@@ -101,7 +101,8 @@ def from_validation(
     if isinstance(value, str):
         expected += hint(value, values_of(_kind(key)))
     shown = place(key.split("[")[0], groups, overrides)
-    what = shown if shown == f"override {key}={_show(value)}" else f"{shown}: {key}={_show(value)}"
+    said = f"{key}={_show(value)}"
+    what = shown if shown == f"override {said}" else said if shown == key else f"{shown}: {said}"
     return UserError(f"{what} does not fit: {expected}")
 
 

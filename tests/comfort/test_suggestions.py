@@ -34,6 +34,10 @@ WRONG = [
     ([*SUBMIT, "notify.events=[finish]"], "did you mean finished?"),
     ([*SUBMIT, "dist.dp_shard=atuo"], "did you mean auto?"),
     ([*SUBMIT, "cluster.backend=slrm"], "did you mean slurm?"),
+    (
+        ["sweep", "--dry-run", "train.dtype=float32,bf16"],
+        "dtype=bf16 does not fit: expected float32 or bfloat16; did you",
+    ),
     (["logs", "tow words"], "did you mean two words?"),
     (["status", "BASE"], "did you mean base?"),
     (["clone", "base", "train.lrr=1"], "there is no key train.lrr; did you mean train.lr?"),
