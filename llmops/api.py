@@ -126,17 +126,17 @@ def survey(runs: Sequence[Run], wanted: Mapping[str, Sequence[str]]) -> tuple[li
     named: dict[str, str] = {}  # job ids by tag
     for run in runs:
         if run.job_id and not over_for_good(run):
-            job_ids.setdefault(run.backend, []).append(run.job_id)
+            job_ids.setdefault(run.scheduler, []).append(run.job_id)
         elif tag := _lost_tag(run):
             if expected := expected_job(run.store, run.submissions[-1].number):
                 named[tag] = expected
-                job_ids.setdefault(run.backend, []).append(expected)
+                job_ids.setdefault(run.scheduler, []).append(expected)
             else:
-                tags.setdefault(run.backend, []).append(tag)
+                tags.setdefault(run.scheduler, []).append(tag)
     looks = {name: ask(name, job_ids.get(name, []), tags.get(name, [])) for name in {*job_ids, *tags}}
     found = []
     for run in runs:
-        look = looks.get(run.backend)
+        look = looks.get(run.scheduler)
         adopted = _adopt(run, {**look.found, **those_there(named, look)}) if look else run
         view = look.views.get(adopted.job_id) if look and adopted.job_id else None
         found.append(_status(adopted, view))
@@ -245,7 +245,7 @@ def cancel(run: Run, graceful: bool = False, wait: bool = True) -> Status:
         return status(run)
     # A job that waits has nothing to save.
     graceful = graceful and before.state not in ("preempted", "pending")
-    backends.load(newest.backend).cancel([before.run.job_id], graceful)
+    backends.load(newest.scheduler).cancel([before.run.job_id], graceful)
     deadline = time.monotonic() + (SAVE_TIMEOUT_S if graceful else CANCEL_TIMEOUT_S)
     pause = 0.1
     while True:
@@ -284,12 +284,12 @@ def resume(
         # Its submission may have been accepted without an answer; only its scheduler knows.
         for submission in now.run.submissions[-1:]:
             if expected := expected_job(now.run.store, submission.number):
-                view = backends.load(submission.backend).look([expected]).views[expected]
+                view = backends.load(submission.scheduler).look([expected]).views[expected]
                 if view.state == "unreachable":
                     what = "it is not known whether it has a job"
                     raise ClusterError(f"{run.id}: {what} ({view.reason}); try again later")
             else:
-                backends.load(submission.backend).find(submission.tag)
+                backends.load(submission.scheduler).find(submission.tag)
     moved = backend is not None and backend != now.run.backend
     if now.state == "finished" and not overrides and not moved:
         return None
@@ -311,8 +311,8 @@ def resume(
     composed = recompose(text, overrides, cluster)
     runs = open_store(records.root_of(now.run.url))
     # Of the first submission, also when that one never got as far as naming it.
-    archive = f"{runs.url}/code/{record.code.sha256}.tar.gz" if record.code else None
-    prepared = launch.prepare(composed, runs.url)
+    archive = f"{runs.job_url}/code/{record.code.sha256}.tar.gz" if record.code else None
+    prepared = launch.prepare(composed, runs.url, again=True)
     number = records.next_submission(now.run.store)
     if overrides or moved:
         config_path = f"job/{number:04d}/config.yaml"

@@ -46,7 +46,7 @@ class CodeSnapshot(NamedTuple):
     """
 
     sha256: str
-    archive: str  # absolute path or URL
+    archive: str  # absolute path or URL, as jobs open it
     root: Path
     git_commit: str | None
     dirty: bool
@@ -92,7 +92,7 @@ def snapshot(root: Path | None, runs_url: str, max_mb: float, exclude: Sequence[
             path = f"code/{digest}.tar.gz"
             if not store.exists(path):
                 store.create(path, gzip.compress(content, compresslevel=3, mtime=0))
-    return CodeSnapshot(digest, f"{store.url}/{path}", chosen, commit, dirty, count, written, tuple(skipped))
+    return CodeSnapshot(digest, f"{store.job_url}/{path}", chosen, commit, dirty, count, written, tuple(skipped))
 
 
 def _root(root: Path | None) -> Path:

@@ -21,6 +21,7 @@ import msgspec
 from llm.data.precheck import check_sources
 from llm.utils.config import ConfigError
 from llmops import __version__, agent_zip, backends
+from llmops.agent.rundir import is_url
 from llmops.backends.base import Ambiguous, Backend, Rejected, Submission
 from llmops.config import notify_rules
 from llmops.config.compose import Composed
@@ -49,6 +50,7 @@ class Prepared:
     created: float
     cloned_from: str | None = None  # id of a run
     code: records.Code | None = None  # a snapshot that is in the store already; else one is taken
+    login: str | None = None  # the host on which the scheduler is asked, over SSH; None for this machine
 
     @property
     def config(self) -> RunConfig:
@@ -57,12 +59,15 @@ class Prepared:
 
     @property
     def run_url(self) -> str:
-        """The run's directory: an absolute path or a URL."""
-        return f"{self.runs.url}/{records.path_of(self.run_id)}"
+        """The run's directory, as its jobs open it: an absolute path or a URL."""
+        return f"{self.runs.job_url}/{records.path_of(self.run_id)}"
 
 
-def prepare(composed: Composed, runs_url: str | None) -> Prepared:
-    """Choose the run's name, id and place, and ask the backend whether it can run at all."""
+def prepare(composed: Composed, runs_url: str | None, again: bool = False) -> Prepared:
+    """Choose the run's name, id and place, and ask the backend whether it can run at all.
+
+    ``again``: of a run that is there already, which may be resumed elsewhere than where it was submitted.
+    """
     config = composed.config
     if config.hardware is not None:
         from llmops.plan import check_fits
@@ -75,19 +80,9 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
         except ConfigError as error:
             raise UserError(str(error)) from error
     name = check_name(config.name or _default_name(config))
-    backend = backends.load(backend_of(config))
-    url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")
-    if not url:
-        if backend.name != "local":
-            raise UserError(
-                f"runs_url is not set, and the {backend.name} backend has no default that every node could reach: "
-                "set runs_url=, --runs-url or LLMOPS_RUNS_URL to a folder on a shared file system or an object store"
-            )
-        url = default_runs_url()
-    runs = open_store(url)
-    if runs.url.startswith("memory://"):
-        raise UserError(f"runs_url={url}: no job can reach the memory of this process; give a path or an object store")
-    backend.check(config.cluster, f"{runs.url}/run")
+    runs, login = place(config, runs_url, again)
+    backend = backends.load(f"{backend_of(config)}@{login}" if login else backend_of(config))
+    backend.check(config.cluster, f"{runs.job_url}/run")
     for secret in () if backend.own_image else config.secrets:  # there the cluster has their values
         if secret not in os.environ:
             raise UserError(f"secrets: {secret} is not set in this environment; export it, or remove it from secrets")
@@ -95,7 +90,40 @@ def prepare(composed: Composed, runs_url: str | None) -> Prepared:
         notify_rules.check_values(config.notify)
     now = time.time()
     owner, host = records.whoami()
-    return Prepared(composed, backend, records.new_run_id(name, now), name, runs, owner, host, now)
+    return Prepared(composed, backend, records.new_run_id(name, now), name, runs, owner, host, now, login=login)
+
+
+def place(config: RunConfig, runs_url: str | None, again: bool) -> tuple[Store, str | None]:
+    """Where runs live, and the host on which their scheduler is asked. Raises UserError where they do not fit."""
+    name, host = backend_of(config), getattr(config.cluster, "host", None)
+    url = runs_url or config.runs_url or os.environ.get("LLMOPS_RUNS_URL")
+    if not url:
+        if name != "local":
+            where = (
+                f"ssh://{host}/FOLDER, a folder there that every node reaches,"
+                if host
+                else ("a folder on a shared file system")
+            )
+            raise UserError(
+                f"runs_url is not set, and the {name} backend has no default that every node could reach: "
+                f"set runs_url=, --runs-url or LLMOPS_RUNS_URL to {where} or an object store"
+            )
+        url = default_runs_url()
+    runs = open_store(url)
+    if runs.url.startswith("memory://"):
+        raise UserError(f"runs_url={url}: no job can reach the memory of this process; give a path or an object store")
+    if runs.login is not None and name != "slurm":
+        raise UserError(f"runs_url={url}: jobs of the {name} backend cannot reach it; give a path or an object store")
+    if runs.login is not None and host not in (None, runs.login) and not again:
+        raise UserError(f"cluster.host={host} and runs_url={url} name different hosts: leave cluster.host out")
+    if runs.local_path is not None and host is not None:
+        if not again:
+            raise UserError(
+                f"cluster.host={host}, and runs_url={runs.url} is a folder of this machine: give one of that host, as "
+                f"in runs_url=ssh://{host}{runs.url}, or an object store"
+            )
+        host = None  # resumed on the cluster itself
+    return runs, runs.login or host
 
 
 def _default_name(config: RunConfig) -> str:
@@ -128,13 +156,13 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     """What the supervisor will run."""
     config = prepared.config
     container = getattr(config.cluster, "container", None)
-    # This interpreter's path means nothing inside somebody's image.
-    outside = not prepared.backend.own_image and (container is None or container.runtime == "none")
+    # This interpreter's path means nothing inside somebody's image, or on another host.
+    outside = not (prepared.backend.own_image or prepared.login) and (container is None or container.runtime == "none")
     python = config.cluster.python or (sys.executable if outside else "python3")
     program = "llm.train" if config.task == "train" else f"llm.tools.{config.task}"
     built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {
-        "runs_url": prepared.runs.url,
+        "runs_url": prepared.runs.job_url,
         "run_id": prepared.run_id,
         "tag": tag,
         "warning_s": warning_seconds(config),
@@ -144,9 +172,11 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     options = prepared.backend.options(config.cluster, values)
     if not prepared.backend.own_image:
         if hidden_names(config):
-            options["secrets_file"] = str(secrets_file(prepared, submission))
+            store, name = secrets_file(prepared, submission)
+            options["secrets_file"] = f"{store.job_url}/{name}"
         if origin.archive is None:
-            options["work_dir"] = origin.work_dir or str(Path.cwd())
+            here = open_store(f"ssh://{prepared.login}/~").job_url if prepared.login else str(Path.cwd())
+            options["work_dir"] = origin.work_dir or here
     return JobSpec(
         run_id=prepared.run_id,
         name=prepared.name,
@@ -185,8 +215,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
 
 def agent_path(prepared: Prepared) -> Path | None:
     """Where the supervisor lies in a run store that is a folder. With others it travels inside the job."""
-    folder = prepared.runs.local_path
-    return folder / "agent" / agent_zip.build()[0] if folder else None
+    folder = prepared.runs.job_url
+    return None if is_url(folder) else Path(folder, "agent", agent_zip.build()[0])
 
 
 def hidden_names(config: RunConfig) -> list[str]:
@@ -194,15 +224,16 @@ def hidden_names(config: RunConfig) -> list[str]:
     return list(dict.fromkeys([*config.secrets, *notify_rules.secret_names(config.notify)]))
 
 
-def secrets_file(prepared: Prepared, submission: int) -> Path:
+def secrets_file(prepared: Prepared, submission: int) -> tuple[Store, str]:
     """Where the values of secrets are: beside the submission, or in the user's home where the store is no folder."""
-    folder = prepared.runs.local_path
-    if folder is not None:
-        return folder / records.path_of(prepared.run_id) / "job" / f"{submission:04d}" / "secrets.json"
+    if not is_url(prepared.run_url):
+        return prepared.runs.sub(f"{records.path_of(prepared.run_id)}/job/{submission:04d}"), "secrets.json"
+    name = f"{prepared.run_id}.{submission}.json"
+    if prepared.login is not None:
+        return open_store(f"ssh://{prepared.login}/~/.local/share/llmops/secrets"), name
     import platformdirs
 
-    home = Path(platformdirs.user_data_dir("llmops", appauthor=False))
-    return home / "secrets" / f"{prepared.run_id}.{submission}.json"
+    return PosixStore(Path(platformdirs.user_data_dir("llmops", appauthor=False), "secrets")), name
 
 
 def new_tag(run_id: str, submission: int) -> str:
@@ -219,8 +250,8 @@ def dry_run(prepared: Prepared) -> str:
 def dry_origin(prepared: Prepared) -> Origin:
     """Of a submission whose snapshot is not taken."""
     if prepared.code is not None:
-        return Origin(f"{prepared.runs.url}/{archive_path(prepared.code)}")
-    return Origin(f"{prepared.runs.url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None)
+        return Origin(f"{prepared.runs.job_url}/{archive_path(prepared.code)}")
+    return Origin(f"{prepared.runs.job_url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None)
 
 
 def archive_path(code: records.Code) -> str:
@@ -232,7 +263,7 @@ def snapshot(prepared: Prepared) -> tuple[records.Code | None, str | None]:
     """Store the code that the run will use; what to record of it, and where it is. None where it is switched off."""
     config = prepared.config.code
     if prepared.code is not None:
-        return prepared.code, f"{prepared.runs.url}/{archive_path(prepared.code)}"
+        return prepared.code, f"{prepared.runs.job_url}/{archive_path(prepared.code)}"
     if not config.enabled:
         return None, None
     from llmops import code
@@ -280,6 +311,7 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, origin
         created=time.time(),
         config=config_path,
         trials=records.pack(origin.trials),
+        login=prepared.login if prepared.runs.login is None else None,
     )
     spec = job_spec(prepared, number, tag, config_path, origin)
     agent = agent_path(prepared)
@@ -292,8 +324,8 @@ def submit(prepared: Prepared, run: Store, number: int, config_path: str, origin
     hidden = hidden_names(prepared.config)
     if hidden and "secrets_file" in spec.options:
         values = {name: os.environ[name] for name in hidden}
-        path = secrets_file(prepared, number)
-        PosixStore(path.parent).create(path.name, json.dumps(values).encode(), mode=0o600)
+        store, name = secrets_file(prepared, number)
+        store.create(name, json.dumps(values).encode(), mode=0o600)
     job.create(prepared.backend.text_name, text.encode())
     # The last object before the call: a submission without it was never sent.
     job.create("spec.json", json.dumps(spec.to_json(), indent=1, sort_keys=True).encode())

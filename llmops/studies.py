@@ -101,8 +101,8 @@ def adopt(study: Study) -> Study:
     from llmops.sweep.records import load_study
 
     lost = {each.tag: each for each in study.submissions if not each.job_id and not each.failed}
-    for name in {each.backend for each in lost.values()}:
-        mine = {tag: each.number for tag, each in lost.items() if each.backend == name}
+    for name in {each.scheduler for each in lost.values()}:
+        mine = {tag: each.number for tag, each in lost.items() if each.scheduler == name}
         named = {tag: job_id for tag, number in mine.items() if (job_id := api.expected_job(study.store, number))}
         look = api.ask(name, list(named.values()), [tag for tag in mine if tag not in named])
         for tag, job_id in {**look.found, **api.those_there(named, look)}.items():

@@ -26,6 +26,7 @@ from tests.launcher.harness import TINY, Launcher
 
 # One cluster for the whole session, whichever folder asks for it first.
 from tests.slurm.fixtures import scratch, slurm  # noqa: F401
+from tests.ssh.fixtures import session_sshd, ssh_url, sshd  # noqa: F401
 
 # How long an example takes says something of the machine, nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

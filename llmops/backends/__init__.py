@@ -9,7 +9,8 @@ NAMES = ("local", "slurm", "k8s")
 
 
 def load(name: str) -> Backend:
-    """The backend called ``name``."""
+    """The backend called ``name``; ``slurm@login.example.org`` is that host's SLURM, over SSH."""
+    name, _, login = name.partition("@")
     if name == "local":
         from llmops.backends.local import LocalBackend
 
@@ -17,7 +18,7 @@ def load(name: str) -> Backend:
     if name == "slurm":
         from llmops.backends.slurm import SlurmBackend
 
-        return SlurmBackend()
+        return SlurmBackend(login or None)
     if name == "k8s":
         from llmops.backends.k8s import K8sBackend
 

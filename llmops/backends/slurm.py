@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import calendar
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +14,17 @@ from llmops.agent import carry
 from llmops.agent.rundir import is_url
 from llmops.backends.base import Ambiguous, ArrayLimits, Look, Rejected, Submission
 from llmops.backends.slurm_limits import check_limits, check_reachable
+from llmops.backends.slurm_machine import NO_ANSWER, Here, LoginNode, Machine
 from llmops.backends.slurm_reasons import in_words
 from llmops.config.schema import SlurmCluster, time_limit_seconds
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobSpec, JobState, JobView
 from llmops.render import render_template, sbatch_options
+from llmops.runs.ssh_store import connect
 
-CALL_TIMEOUT_S = 60.0
 REQUEUE_DELAY_S = 5  # must outlast the end of the job and its epilog; see llmops.agent.scontrol.cut_wait
 LOST_DAYS = 7  # how far back the accounting is searched for a job by its name
+UTC = {"TZ": "UTC0"}  # for the times that are printed: a login node may be elsewhere
 MANY = 100  # with more jobs than this, one listing of all is cheaper than naming each
 
 _STATES: dict[str, JobState] = {
@@ -47,55 +47,30 @@ _STATES: dict[str, JobState] = {
 }
 
 
-def call(
-    *command: str, env: Mapping[str, str] | None = None, timeout: float = CALL_TIMEOUT_S, text: str = ""
-) -> tuple[int, str, str]:
-    """Run a SLURM command, with ``text`` as its input: exit code, output, errors on one line.
-
-    124 when it did not answer in time.
-    """
-    try:
-        done = subprocess.run(
-            command, input=text.encode(), capture_output=True, timeout=timeout, env=clean_env(env or os.environ)
-        )
-    except FileNotFoundError as error:
-        raise ClusterError(
-            f"{command[0]} is not on PATH: this machine is no SLURM client; run llmops on a login node"
-        ) from error
-    except subprocess.TimeoutExpired:
-        return 124, "", f"{command[0]} did not answer within {timeout:.0f} s"
-    errors = " ".join(done.stderr.decode("utf-8", "replace").split())
-    return done.returncode, done.stdout.decode("utf-8", "replace"), errors
-
-
-def clean_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables by which users give SLURM's commands other defaults.
-
-    What is asked for is in the arguments.
-    """
-    dropped = ("SLURM_TIME_FORMAT", "SQUEUE_", "SINFO_", "SACCT_", "SBATCH_")
-    return {name: value for name, value in env.items() if not name.startswith(dropped)}
-
-
 class SlurmBackend:
-    """Jobs of one SLURM cluster."""
+    """Jobs of one SLURM cluster: of this machine's, or of the one that the host ``login`` is a login node of."""
 
     name = "slurm"
     text_name = "sbatch.sh"
     own_image = False
 
+    def __init__(self, login: str | None = None) -> None:
+        self.machine: Machine = Here() if login is None else LoginNode(connect(login))
+
     def check(self, cluster: SlurmCluster, run_url: str) -> None:
         """One look at the partitions: what SLURM would accept and leave pending for ever is refused here."""
-        if cluster.log_dir is not None and not Path(cluster.log_dir).expanduser().is_dir():
+        machine = self.machine
+        if cluster.log_dir is not None and not machine.is_folder(machine.absolute(cluster.log_dir)):
             raise UserError(f"cluster.log_dir={cluster.log_dir}: there is no such folder; make it, on every node")
-        code, output, errors = call("sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G", timeout=30)
+        code, output, errors = machine.call("sinfo", "-h", "-a", "-e", "-o", "%P|%a|%D|%c|%m|%l|%s|%G", timeout=30)
         if code:
             raise ClusterError(
                 f"the SLURM controller does not answer ({errors}); nothing was submitted: try again later"
             )
         partition = check_limits(cluster, output)
         if not is_url(run_url):
-            check_reachable(run_url, partition, lambda: call("sinfo", "-h", "-p", partition, "-O", "NodeHost:64")[1])
+            names = ("sinfo", "-h", "-p", partition, "-O", "NodeHost:64")
+            check_reachable(run_url, *machine.place(run_url), partition, lambda: machine.call(*names)[1])
 
     def options(self, cluster: SlurmCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """What the supervisor adds to its ``srun``, and when it is warned."""
@@ -120,7 +95,7 @@ class SlurmBackend:
 
     def render(self, cluster: SlurmCluster, spec: JobSpec, agent: Path | None) -> str:
         """The batch script."""
-        folder, output = _output(cluster, spec)
+        folder, output = self._output(cluster, spec)
         cpus = (cluster.cpus_per_rank or 1) * cluster.ranks_per_node
         limit = time_limit_seconds(cluster.time)
         options = {
@@ -159,7 +134,7 @@ class SlurmBackend:
             "options": [*sbatch_options(options), *cluster.extra],
             "setup": cluster.setup,
             # The batch host is outside the container: there it is the interpreter that runs this launcher.
-            "python": spec.python if cluster.container.runtime == "none" else sys.executable,
+            "python": spec.python if cluster.container.runtime == "none" else self.machine.python,
             "what": "--study" if spec.array else "--run",
             "run": spec.run_url,
             "submission": spec.submission,
@@ -174,18 +149,16 @@ class SlurmBackend:
 
     def submit(self, submission: Submission) -> str:
         """``sbatch``; when it does not answer, the tag is looked up before anything is said."""
-        env = {name: value for name, value in os.environ.items() if name not in submission.hidden_env}
-        if submission.agent is None:
-            code, output, errors = call("sbatch", "--parsable", env=env, text=submission.text)
-        else:
-            script = f"{submission.spec.run_url}/job/{submission.spec.submission:04d}/sbatch.sh"
-            code, output, errors = call("sbatch", "--parsable", script, env=env)
+        spec, command, text = submission.spec, ["sbatch", "--parsable"], submission.text
+        if submission.agent is not None:
+            command, text = [*command, f"{spec.run_url}/job/{spec.submission:04d}/sbatch.sh"], ""
+        code, output, errors = self.machine.call(*command, hidden=submission.hidden_env, text=text, once=True)
         if code == 0 and output.strip():
             return output.strip().splitlines()[-1].split(";")[0]
         if not _unanswered(code, errors):
             raise Rejected(errors or f"sbatch returned {code}")
         try:
-            found = self.find(submission.spec.tag)
+            found = self.find(spec.tag)
         except ClusterError:
             found = None
         if found:
@@ -210,7 +183,8 @@ class SlurmBackend:
         known = set(wanted)
         jobs = list(dict.fromkeys(map(_base, wanted)))
         named = ["-j", ",".join(jobs)] if len(jobs) <= MANY and not tags else []
-        code, output, errors = call("squeue", "-h", "-r", "-t", "all", *named, "-o", "%i|%T|%S|%j|%r", timeout=30)
+        squeue = ("squeue", "-h", "-r", "-t", "all", *named, "-o", "%i|%T|%S|%j|%r")
+        code, output, errors = self.machine.call(*squeue, env=UTC, timeout=30)
         if code and "Invalid job id" not in errors:
             silent = {
                 job_id: JobView(job_id, "unreachable", f"squeue: {errors}") for job_id in wanted or ["unreachable"]
@@ -232,7 +206,7 @@ class SlurmBackend:
         if missing or lost:
             which = ["-S", f"now-{LOST_DAYS}days"] if lost else ["-j", ",".join(dict.fromkeys(map(_base, missing)))]
             fields = ("sacct", "-X", "-n", "-P", *which, "-o", "jobid,state,start,jobname")
-            code, output, _ = call(*fields, timeout=30)
+            code, output, _ = self.machine.call(*fields, env=UTC, timeout=30)
             for line in output.splitlines() if code == 0 else []:
                 job_id, state, start, name_ = line.split("|", 3)
                 if name_ in lost:
@@ -246,7 +220,7 @@ class SlurmBackend:
 
     def array_limits(self, cluster: SlurmCluster, parallel: int | None) -> ArrayLimits:
         """MaxArraySize is above the largest index; MaxJobCount counts each element as a job."""
-        code, output, errors = call("scontrol", "show", "config", timeout=30)
+        code, output, errors = self.machine.call("scontrol", "show", "config", timeout=30)
         if code:
             raise ClusterError(
                 f"the SLURM controller does not answer ({errors}); nothing was submitted: try again later"
@@ -270,9 +244,17 @@ class SlurmBackend:
         for command, ids in ((["scancel", "--batch", "--signal=USR1"], signalled), (["scancel"], killed)):
             if not ids:
                 continue
-            code, _, errors = call(*command, *ids, timeout=30)
+            code, _, errors = self.machine.call(*command, *ids, timeout=30)
             if code and "Invalid job id" not in errors and "already completing or completed" not in errors:
                 raise ClusterError(f"scancel: {errors}; the cancellation is recorded, so the run will not start again")
+
+    def _output(self, cluster: SlurmCluster, spec: JobSpec) -> tuple[Path, Path]:
+        """The folder that the job starts in, and SLURM's own output file, named by a pattern for the job's number."""
+        number = "%A_%a" if spec.array else "%j"
+        if is_url(spec.run_url) or cluster.log_dir is not None:
+            folder = self.machine.absolute(cluster.log_dir or ".")
+            return folder, folder / f"{spec.run_id}.{number}.out"
+        return Path(spec.run_url), Path(spec.run_url, "job", f"{spec.submission:04d}", f"slurm-{number}.out")
 
 
 def _array(spec: JobSpec) -> str | None:
@@ -295,15 +277,6 @@ def _elements(job_id: str) -> list[str]:
     return [f"{found[1]}_{index}" for first, last in spans for index in range(int(first), int(last or first) + 1)]
 
 
-def _output(cluster: SlurmCluster, spec: JobSpec) -> tuple[Path, Path]:
-    """The folder that the job starts in, and SLURM's own output file, named by a pattern for the job's number."""
-    number = "%A_%a" if spec.array else "%j"
-    if is_url(spec.run_url) or cluster.log_dir is not None:
-        folder = Path(cluster.log_dir or ".").expanduser().absolute()
-        return folder, folder / f"{spec.run_id}.{number}.out"
-    return Path(spec.run_url), Path(spec.run_url, "job", f"{spec.submission:04d}", f"slurm-{number}.out")
-
-
 def _pattern_free(path: Path) -> str:
     """A path in which sbatch sees no filename pattern. A backslash would switch off all of them and cannot be used."""
     if "\\" in str(path):
@@ -315,13 +288,13 @@ def _unanswered(code: int, errors: str) -> bool:
     """Whether a failed command may have reached the controller all the same."""
     signs = ["timed out", "did not answer", "Socket", "Zero Bytes", "connect failure", "Unable to contact"]
     signs.append("Unexpected message received")  # what 23.11 says where 22.05 says that it timed out
-    return code == 124 or any(sign in errors for sign in signs)
+    return code == NO_ANSWER or any(sign in errors for sign in signs)
 
 
 def _view(job_id: str, state: str, reason: str, start: str) -> JobView:
     begin = None
     if start[:1].isdigit():
-        begin = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
+        begin = float(calendar.timegm(time.strptime(start, "%Y-%m-%dT%H:%M:%S")))
     told = "" if reason in ("None", "") else in_words(reason)
     known = _STATES.get(state, "failed")
     return JobView(job_id, known, told if known == "pending" else state if not told else f"{state}: {told}", begin)

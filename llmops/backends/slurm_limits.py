@@ -6,7 +6,6 @@ Sbatch accepts most of it and leaves it pending for ever.
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,19 +106,19 @@ def _megabytes(text: str | None) -> float | None:
     return float(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2].upper()]
 
 
-def check_reachable(run_dir: str, partition: str, hosts: Callable[[], str]) -> None:
-    """Refuse a run directory on this machine's own disk, unless every node of the partition is this machine."""
-    path = Path(run_dir)
-    kind = file_system(path)
+def check_reachable(run_dir: str, kind: str, machine: str, partition: str, hosts: Callable[[], str]) -> None:
+    """Refuse a run directory on a machine's own disk, unless every node of the partition is that machine.
+
+    ``kind``: the file system that it is on, there.
+    """
     if SHARED.match(kind):
         return
     names = {line.strip() for line in hosts().splitlines() if line.strip()}
-    here = socket.gethostname()
-    if names and names <= {here, here.split(".")[0]}:
+    if names and names <= {machine, machine.split(".")[0]}:
         return
     raise UserError(
-        f"runs_url={path.parent} is on a {kind} file system of this machine, which the nodes of partition {partition} "
-        "cannot reach: set runs_url or LLMOPS_RUNS_URL to a folder on a shared file system"
+        f"runs_url={Path(run_dir).parent} is on a {kind} file system of {machine}, which the nodes of partition "
+        f"{partition} cannot reach: set runs_url or LLMOPS_RUNS_URL to a folder on a shared file system"
     )
 
 
@@ -128,9 +127,13 @@ def file_system(path: Path) -> str:
     nearest = path.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    nearest = nearest.resolve()
+    return kind_of(nearest.resolve(), Path("/proc/self/mounts").read_text(encoding="utf-8"))
+
+
+def kind_of(nearest: Path, mounts: str) -> str:
+    """The type of the file system that an existing path is on, where ``mounts`` are those of its machine."""
     best, kind = "", "unknown"
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+    for line in mounts.splitlines():
         _, mount, type_, *_ = line.split(" ")
         mount = mount.replace("\\040", " ")
         inside = nearest == Path(mount) or mount == "/" or str(nearest).startswith(mount + "/")

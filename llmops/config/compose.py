@@ -13,6 +13,7 @@ import msgspec
 import llm.data.prepare.options
 import llm.estimate.hardware
 import llm.utils.config
+import llmops.ssh.address
 from llmops import __version__
 from llmops.config import cache, groups, hydra_call, interpolate, k8s_rules, rules, schema
 from llmops.config import overrides as override_text
@@ -81,6 +82,7 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
         llm.utils.config,
         llm.data.prepare.options,
         llm.estimate.hardware,
+        llmops.ssh.address,
         sys.modules[__name__],
     ):
         yield module.__name__, Path(str(module.__file__)).read_bytes()

@@ -149,6 +149,7 @@ class SlurmCluster(
 ):
     """One SLURM job. ``None`` leaves a choice to the cluster."""
 
+    host: str | None = None
     nodes: Multiplier = 1
     ranks_per_node: Multiplier = 1
     partition: str | None = None

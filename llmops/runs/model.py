@@ -82,6 +82,7 @@ class SubmissionRecord(msgspec.Struct, frozen=True, kw_only=True):
     config: str = "config.yaml"
     trials: list[list[int]] = []  # of a study's submission: spans of the trials that its array runs, in its order
     study_submission: int | None = None  # of a trial's: which submission of its study started it
+    login: str | None = None  # host on which its scheduler is asked, where the run's own place does not say
 
 
 class AttemptStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +139,7 @@ class Submission:
     failed: Failed | None = None
     intent: Intent | None = None
     image: Image | None = None
+    login: str | None = None  # host on which this machine asks the scheduler; None for its own commands
 
     @property
     def number(self) -> int:
@@ -150,6 +152,11 @@ class Submission:
     @property
     def backend(self) -> str:
         return self.record.backend
+
+    @property
+    def scheduler(self) -> str:
+        """What :func:`llmops.backends.load` opens to ask for its job: ``slurm``, or ``slurm@login.example.org``."""
+        return f"{self.backend}@{self.login}" if self.login and self.backend == "slurm" else self.backend
 
     @property
     def job_id(self) -> str | None:
@@ -189,6 +196,11 @@ class Run:
         if self.submissions:
             return self.submissions[-1].backend
         return self.record.backend if self.record else ""
+
+    @property
+    def scheduler(self) -> str:
+        """Where the newest submission's job is asked for."""
+        return self.submissions[-1].scheduler if self.submissions else self.backend
 
     @property
     def url(self) -> str:

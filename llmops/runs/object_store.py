@@ -59,6 +59,14 @@ class FsspecStore:
         return self._url
 
     @property
+    def job_url(self) -> str:
+        return self.url
+
+    @property
+    def login(self) -> str | None:
+        return None
+
+    @property
     def local_path(self) -> Path | None:
         return None
 

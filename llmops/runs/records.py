@@ -268,6 +268,7 @@ class _Reader:
             self.read(f"{folder}/failed.json", Failed) if "failed.json" in names else None,
             self.read(f"{folder}/intent.json", Intent) if "intent.json" in names else None,
             self.read(f"{folder}/image.json", Image) if "image.json" in names else None,
+            self.store.login or (record.login if self.store.local_path is None else None),
         )
 
     def attempt(self, name: str) -> Attempt | None:

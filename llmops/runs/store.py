@@ -31,8 +31,16 @@ class Store(Protocol):
         """Absolute path or URL, as another machine would open it."""
 
     @property
+    def job_url(self) -> str:
+        """Absolute path or URL, as the jobs open it."""
+
+    @property
+    def login(self) -> str | None:
+        """The host that the store is reached through, as ``cluster.host`` names it; None for this machine."""
+
+    @property
     def local_path(self) -> Path | None:
-        """The directory, where the store is one."""
+        """The directory, where the store is one of this machine."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, or replace it, in one step."""
@@ -76,6 +84,10 @@ def open_store(url: str | Path) -> Store:
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{text}: a file URL has three slashes, as in file:///{parts.netloc}{parts.path}")
         return PosixStore(Path(unquote(parts.path) or "/"))
+    if parts.scheme == "ssh":
+        from llmops.runs.ssh_store import SshStore
+
+        return SshStore.open(text)
     from llmops.runs.object_store import FsspecStore
 
     return FsspecStore.open(text)
@@ -112,6 +124,14 @@ class PosixStore:
     @property
     def url(self) -> str:
         return str(self._root)
+
+    @property
+    def job_url(self) -> str:
+        return self.url
+
+    @property
+    def login(self) -> str | None:
+        return None
 
     @property
     def local_path(self) -> Path | None:

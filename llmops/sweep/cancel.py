@@ -22,8 +22,8 @@ def cancel_study(study: records.Study, graceful: bool, live: dict[int, str]) -> 
         run = records.load_trial(study, trial)
         if run.submissions:
             runs.write_intent(run.store, run.submissions[-1].number, graceful, by)
-    for name in {submission.backend for submission in study.submissions}:
-        whole = [each.job_id for each in study.submissions if each.backend == name and each.job_id]
+    for name in {submission.scheduler for submission in study.submissions}:
+        whole = [each.job_id for each in study.submissions if each.scheduler == name and each.job_id]
         backend = backends.load(name)
         if name == "k8s":  # where the pods of what is deleted end as their runs' intents say
             backend.cancel(list(dict.fromkeys([*live.values(), *filter(None, whole)])), graceful)
@@ -44,4 +44,4 @@ def cancel_waiting(study: records.Study, trial: int) -> None:
     path = f"{records.cancelled_folder(element.submission.number)}/{trial:04d}.json"
     study.store.create(path, runs.encode({"by": getpass.getuser(), "time": time.time()}))
     if element.job_id and element.submission.backend != "local":
-        backends.load(element.submission.backend).cancel([element.job_id], graceful=False)
+        backends.load(element.submission.scheduler).cancel([element.job_id], graceful=False)

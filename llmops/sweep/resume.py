@@ -74,10 +74,10 @@ def plan(
 def resume(study: records.Study, plan: Plan, max_parallel: int | None) -> records.Study:
     """Submit what was planned."""
     root = open_store(runs.root_of(study.url))
-    prepared = launch.prepare(plan.composed, root.url)
+    prepared = launch.prepare(plan.composed, root.url, again=True)
     base = launch.Prepared(**{**vars(prepared), "run_id": study.id, "name": study.record.name})
     code = study.record.code
-    archive = f"{root.url}/code/{code.sha256}.tar.gz" if code else None
+    archive = f"{root.job_url}/code/{code.sha256}.tar.gz" if code else None
     spec = launch.stored_spec(study.store, study.submissions[-1].number) if study.submissions else None
     work_dir = (spec or {}).get("options", {}).get("work_dir")
     parallel = max_parallel or plan.composed.config.sweep.max_parallel

@@ -37,7 +37,7 @@ class Element:
     def job_id(self) -> str | None:
         """None where the submission has no job, or it is not known."""
         job_id = self.submission.job_id
-        return None if job_id is None else backends.load(self.submission.backend).element(job_id, self.index)
+        return None if job_id is None else backends.load(self.submission.scheduler).element(job_id, self.index)
 
 
 def elements(study: records.Study) -> dict[int, Element]:
@@ -90,9 +90,9 @@ def read(study: records.Study, with_points: bool = False) -> Reading:
     for trial in live:
         element, run = newest.get(trial), loaded.get(trial)
         if element and element.job_id:
-            wanted.setdefault(element.submission.backend, {})[element.job_id] = None
+            wanted.setdefault(element.submission.scheduler, {})[element.job_id] = None
         if run and run.job_id:
-            wanted.setdefault(run.backend, {})[run.job_id] = None
+            wanted.setdefault(run.scheduler, {})[run.job_id] = None
     jobs = {name: list(job_ids) for name, job_ids in wanted.items()}
     return Reading(study, with_points, live, loaded, newest, jobs)
 

@@ -106,11 +106,16 @@ def _submission(study: records.Study, store: Store, submission: int, trial: int,
         number = runs.next_submission(store)
         tag = launch.new_tag(runs.trial_id(study.id, trial), number)
         now = time.time()
-        backend = study.record.backend
-        runs.write_submission(
-            store,
-            SubmissionRecord(number=number, tag=tag, backend=backend, created=now, study_submission=submission),
+        login = next((each.record.login for each in study.submissions if each.number == submission), None)
+        record = SubmissionRecord(
+            number=number,
+            tag=tag,
+            backend=study.record.backend,
+            created=now,
+            study_submission=submission,
+            login=login,
         )
+        runs.write_submission(store, record)
     raise ClusterError(f"{store.url}: no submission could be claimed in {TRIES} tries")
 
 

@@ -16,7 +16,7 @@ from llmops.runs import object_store
 from llmops.runs.store import Store, default_runs_url, open_store
 
 
-@pytest.fixture(params=["posix", "memory", "s3"])
+@pytest.fixture(params=["posix", "memory", "s3", "ssh"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "posix":
         return str(tmp_path / "runs")
