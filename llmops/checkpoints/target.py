@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.checkpoint.format import ROOT, CheckpointError, DamagedError
-from llm.utils.storage import Storage, open_storage
+from llm.utils.storage import Storage
 from llmops import api
 from llmops.errors import ClusterError, UserError
 from llmops.runs.model import Run
 from llmops.runs.records import load_run
+from llmops.runs.ssh_storage import open_storage
 from llmops.runs.store import open_store
 
 _INSIDE = re.compile(r"(?P<place>.+?)/(?P<commit>checkpoints/step_[0-9]{1,18}/[0-9]{1,18}-[0-9]{1,18})/*")
@@ -44,9 +45,9 @@ def resolve(ref: str, runs_url: str | None = None) -> Target:
     place, selector = _split(ref)
     if not _is_location(place):
         run = api.find(place, runs_url)
-        return Target(run, open_storage(run.url), selector)
+        return Target(run, open_storage(run.store), selector)
     run = load_run(open_store(place))
-    storage = open_storage(run.url)
+    storage = open_storage(run.store)
     with told(run.url):
         if run.record is None and not storage.list(ROOT):
             raise UserError(f"{run.url} is no run directory: it has neither run.json nor {ROOT}/")

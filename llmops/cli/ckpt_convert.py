@@ -53,6 +53,9 @@ def _convert(words: list[str]) -> int:
     """Its progress, results and errors go where ours go. Ctrl-C reaches it too, and it removes what is half done."""
     # -P: whatever lies in the working directory is not part of the program.
     command = [sys.executable, "-P", "-m", "llm.tools.convert", "--prog", "llmops", *words]
+    for word in words:
+        if word.startswith("ssh://"):
+            raise UserError(f"{word}: checkpoints are converted where they are; run this on that host")
     path = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
     sys.stdout.flush()
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:

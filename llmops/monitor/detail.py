@@ -98,9 +98,9 @@ def checkpoints(run: Run) -> list[dict[str, Any]]:
     """The newest commits, newest first; one that cannot be read has no size."""
     from llm.checkpoint.format import CheckpointError
     from llm.checkpoint.lineage import folders, is_committed, read_manifest
-    from llm.utils.storage import open_storage
+    from llmops.runs.ssh_storage import open_storage
 
-    storage = open_storage(run.url)
+    storage = open_storage(run.store)
 
     def look(commit: Any) -> dict[str, Any] | None:
         if not is_committed(storage, commit):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import ClusterError, UserError
-from llmops.runs.store import PosixStore
+from llmops.runs.store import ASIDE_PREFIX, PosixStore
 from llmops.ssh import READY
 
 THREADS = 16
@@ -91,6 +91,32 @@ class Server:
 
     def _do_exists(self, request: dict[str, Any], data: bytes) -> Answer:
         return _store(request).exists(request["path"]), b""
+
+    def _do_sizes(self, request: dict[str, Any], data: bytes) -> Answer:
+        """Of all in a folder, None for folders; empty where there is none."""
+        found: dict[str, int | None] = {}
+        try:
+            with os.scandir(Path(request["root"], request["path"])) as entries:
+                for entry in entries:
+                    if not entry.name.startswith(ASIDE_PREFIX):
+                        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                            found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return {}, b""
+        return found, b""
+
+    def _do_remove(self, request: dict[str, Any], data: bytes) -> Answer:
+        Path(request["root"], request["path"]).unlink(missing_ok=True)
+        return None, b""
+
+    def _do_remove_folder(self, request: dict[str, Any], data: bytes) -> Answer:
+        folder = Path(request["root"], request["path"])
+        with contextlib.suppress(FileNotFoundError):
+            if not request["only_empty"]:
+                shutil.rmtree(folder)
+            elif not os.listdir(folder):  # noqa: PTH208 - names alone
+                folder.rmdir()
+        return None, b""
 
     def _do_place(self, request: dict[str, Any], data: bytes) -> Answer:
         """The file system that a path is on, from what Linux says, and whether it is a folder."""

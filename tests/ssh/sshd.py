@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -103,3 +105,6 @@ class Sshd:
             self.process.kill()
             self.process.wait()
             self.process = None
+        digest = hashlib.sha256(os.path.realpath(self.config).encode()).hexdigest()[:8]
+        for folder in Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")).glob(f"llmops-ssh-*-{digest}"):
+            shutil.rmtree(folder)
