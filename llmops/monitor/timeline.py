@@ -62,12 +62,12 @@ class Facts:
 
 def read_facts(run: Run, attempt: int, commit_step: int | None = None) -> Facts:
     """``commit_step``: the step whose commit is looked for; by default the newest one that counts."""
-    paths = parts(run.store, f"metrics/{attempt:04d}", "", ".jsonl")
+    paths = parts(run.seen, f"metrics/{attempt:04d}", "", ".jsonl")
     found: dict[str, Any] = {"phases": _startup(run, paths)}
     told: dict[int, tuple[float, float]] = {}  # when a step was known to be saved, and the stalls until then
     wanted, read = commit_step, 0
     for path in reversed(paths):
-        for line in lines_backwards(run.store, path):
+        for line in lines_backwards(run.seen, path):
             read += len(line) + 1
             is_phase = b'"phase"' in line
             if not (is_phase or "last" not in found or "stepped" not in found):
@@ -109,7 +109,7 @@ def _startup(run: Run, paths: list[str]) -> dict[str, float]:
     """When each phase of start-up was over; those that were not reached are left out."""
     found: dict[str, float] = {}
     for path in paths[:HEAD_PARTS]:
-        for line in run.store.read(path, 0, HEAD_BYTES).split(b"\n"):
+        for line in run.seen.read(path, 0, HEAD_BYTES).split(b"\n"):
             record = _decode(line)
             if record is None:
                 continue

@@ -26,6 +26,9 @@ from llmops.runs.store import ASIDE_PREFIX, PosixStore
 from llmops.ssh import READY
 
 THREADS = 16
+UNREAD = ("spec.json", "secrets.json", "changes.json")  # of a submission: not needed, or nobody's business
+ATTEMPTS, PARTS = 2, 2  # the newest of a run, and of their metrics, that are read ahead
+WHOLE, HEAD = 1 << 16, 1 << 13  # bytes of a file
 LOGIN_S = 20.0  # for the login scripts that set PATH
 Answer = tuple[Any, bytes]
 
@@ -118,6 +121,13 @@ class Server:
                 folder.rmdir()
         return None, b""
 
+    def _do_ahead(self, request: dict[str, Any], data: bytes) -> Answer:
+        """What `llmops status` reads of run directories. What cannot be read is left out: it is asked for by itself."""
+        found = _Found(Path(request["root"]))
+        for folder in request["folders"]:
+            found.run(folder)
+        return {"names": found.names, "sizes": found.sizes, "parts": found.parts}, b"".join(found.data)
+
     def _do_place(self, request: dict[str, Any], data: bytes) -> Answer:
         """The file system that a path is on, from what Linux says, and whether it is a folder."""
         path = Path(request["path"])
@@ -160,6 +170,57 @@ class Server:
                 self._path = _login_path()
             env["PATH"] = self._path
             return run()
+
+
+class _Found:
+    """Names in folders, sizes of files, and parts of their contents, one after the other in ``data``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.names: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        self.parts: list[tuple[str, int, int]] = []
+        self.data: list[bytes] = []
+
+    def run(self, folder: str) -> None:
+        """One run directory: its records, and both ends of its newest metrics."""
+        for name in self.list(folder):
+            if name == "run.json":
+                self.file(f"{folder}/{name}")
+        for kind in ("job", "attempts"):
+            for number in self.list(f"{folder}/{kind}"):
+                for name in self.list(f"{folder}/{kind}/{number}"):
+                    if name.endswith(".json") and name not in UNREAD:
+                        self.file(f"{folder}/{kind}/{number}/{name}")
+        for number in sorted(self.list(f"{folder}/metrics"))[-ATTEMPTS:]:
+            parts = [name for name in self.list(f"{folder}/metrics/{number}") if name.endswith(".jsonl")]
+            for name in sorted({*parts[:1], *parts[-PARTS:]}):
+                self.file(f"{folder}/metrics/{number}/{name}")
+
+    def list(self, path: str) -> list[str]:
+        """The names in a folder, unless it cannot be read."""
+        try:
+            found = PosixStore(self.root).list(path)
+        except (UserError, ClusterError):
+            return []
+        self.names[path] = found
+        return found
+
+    def file(self, path: str) -> None:
+        """The whole of a small file; of a larger one its beginning, and its last blocks as they are read backwards."""
+        try:
+            with Path(self.root, path).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                spans = [(0, size)] if size <= WHOLE else [(0, HEAD), (size - WHOLE, WHOLE)]
+                read = [(start, os.pread(file.fileno(), length, start)) for start, length in spans]
+        except OSError:
+            return
+        if sum(length for _, length in spans) != sum(len(data) for _, data in read):
+            return  # it was cut short meanwhile
+        self.sizes[path] = size
+        for start, data in read:
+            self.parts.append((path, start, len(data)))
+            self.data.append(data)
 
 
 def _store(request: Mapping[str, Any]) -> PosixStore:

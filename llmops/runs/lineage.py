@@ -80,8 +80,8 @@ def attempt_steps(run: Run, attempt: int) -> tuple[int | None, int | None]:
 def _steps_backwards(run: Run, segment: Segment) -> Iterator[StepRecord]:
     """Step records of one segment, newest first. What was rolled back lies before, and above, what replaced it."""
     bound = segment.last_step + 1 if segment.last_step is not None else None
-    for path in reversed(parts(run.store, f"metrics/{segment.attempt:04d}", "", ".jsonl")):
-        for line in lines_backwards(run.store, path):
+    for path in reversed(parts(run.seen, f"metrics/{segment.attempt:04d}", "", ".jsonl")):
+        for line in lines_backwards(run.seen, path):
             record = _decode(line)
             if record is None or (bound is not None and record["step"] >= bound):
                 continue

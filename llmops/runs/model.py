@@ -185,6 +185,12 @@ class Run:
     submissions: list[Submission]
     attempts: list[Attempt]
     problems: list[str] = field(default_factory=list)  # what is missing or damaged, for people
+    read: Store | None = None  # its files as they were then, where many runs were read at once
+
+    @property
+    def seen(self) -> Store:
+        """For reading on about the moment at which the run was read."""
+        return self.read or self.store
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ import errno
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,9 @@ class FsspecStore:
 
     def sub(self, path: str) -> FsspecStore:
         return FsspecStore(self._fs, self._key(path), f"{self._url}/{path}" if path else self._url)
+
+    def ahead(self, folders: Sequence[str]) -> FsspecStore:
+        return self
 
     def _key(self, path: str) -> str:
         return f"{self._root}/{check_path(path)}" if path else self._root

@@ -285,9 +285,12 @@ class _Reader:
         return Attempt(start, self.read(f"{folder}/end.json", AttemptEnd) if "end.json" in names else None)
 
 
-def load_run(store: Store) -> Run:
-    """Read a run directory. A directory without ``run.json`` gives a ``Run`` with ``record=None`` and its problem."""
-    reader = _Reader(store)
+def load_run(store: Store, seen: Store | None = None) -> Run:
+    """Read a run directory. A directory without ``run.json`` gives a ``Run`` with ``record=None`` and its problem.
+
+    ``seen``: the same store, as :meth:`Store.ahead` gives it.
+    """
+    reader = _Reader(seen or store)
     run_id = store.url.rstrip("/").rsplit("/", 1)[-1]
     record = reader.read("run.json", RunRecord)
     if record is None and reader.problems == ["run.json is missing"]:
@@ -307,6 +310,7 @@ def load_run(store: Store) -> Run:
         sorted((each for each in submissions if each), key=lambda each: each.number),
         sorted((each for each in attempts if each), key=lambda each: each.number),
         reader.problems,
+        seen,
     )
 
 
@@ -329,8 +333,10 @@ def list_trials(store: Store, study: str) -> list[str]:
 def load_runs(store: Store, ids: Sequence[str], done: Callable[[], object] = lambda: None) -> list[Run]:
     """The runs and trials with these ids. ``done`` is called after each."""
 
+    ahead = store.ahead([path_of(run_id) for run_id in ids])
+
     def load(run_id: str) -> Run:
-        run = load_run(store.sub(path_of(run_id)))
+        run = load_run(store.sub(path_of(run_id)), ahead.sub(path_of(run_id)))
         done()
         return run
 

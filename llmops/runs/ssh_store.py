@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import ClusterError, UserError
-from llmops.runs.store import check_path
+from llmops.runs.ahead import Ahead, Read
+from llmops.runs.store import Store, check_path
 from llmops.ssh.address import SCHEME, Address, parse, parse_url
 from llmops.ssh.command import is_interactive
 from llmops.ssh.session import Lost, Session
 
 ANSWER_S = 60.0
+AT_ONCE = 64  # run directories that are read in one request
 # What the host runs, in the order in which they import each other.
 SENT = ("llmops", "llmops.errors", "llmops.ssh", "llmops.runs", "llmops.runs.store", "llmops.runs.far")
 
@@ -168,6 +170,19 @@ class SshStore:
 
     def sub(self, path: str) -> SshStore:
         return SshStore(self.host, f"{self._root}/{check_path(path)}" if path else self._root)
+
+    def ahead(self, folders: Sequence[str]) -> Store:
+        read = Read()
+        for first in range(0, len(folders), AT_ONCE):
+            chosen = list(folders[first : first + AT_ONCE])
+            found, data = self.host.ask("ahead", root=self.job_url, folders=chosen)
+            read.names.update(found["names"])
+            read.sizes.update(found["sizes"])
+            done = 0
+            for path, start, length in found["parts"]:
+                read.parts.setdefault(path, []).append((start, data[done : done + length]))
+                done += length
+        return Ahead(self, read)
 
     def _ask(self, op: str, path: str, data: bytes = b"", **fields: Any) -> tuple[Any, bytes]:
         check_path(path)

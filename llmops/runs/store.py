@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -65,6 +65,9 @@ class Store(Protocol):
 
     def sub(self, path: str) -> Store:
         """The same store, rooted at ``path``."""
+
+    def ahead(self, folders: Sequence[str]) -> Store:
+        """The same store, as it is now, with the small files of these run directories read at once if that helps."""
 
 
 def open_store(url: str | Path) -> Store:
@@ -192,6 +195,9 @@ class PosixStore:
 
     def sub(self, path: str) -> PosixStore:
         return PosixStore(self._path(path))
+
+    def ahead(self, folders: Sequence[str]) -> PosixStore:
+        return self
 
     def _path(self, path: str) -> Path:
         return self._root / check_path(path)
