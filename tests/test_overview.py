@@ -50,9 +50,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     load = records.load_run
 
-    def counting(store: Any) -> Any:
+    def counting(store: Any, *seen: Any) -> Any:
         seen.append(store.url.rsplit("/", 1)[-1])
-        return load(store)
+        return load(store, *seen)
 
     monkeypatch.setattr(records, "load_run", counting)
     return seen

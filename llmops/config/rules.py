@@ -93,8 +93,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"name={config.name!r}: must be 1 to 100 printable characters")
     for key in ("runs_url", "code.root", "cluster.python"):
         _refuse_empty(key, _get(config, key))
-    if (host := _get(config, "cluster.host")) is not None:
-        address.parse(host, "cluster.host")
+    if isinstance(config.cluster, SlurmCluster) and config.cluster.host is not None:
+        address.parse(config.cluster.host, "cluster.host")
     _check_environment(config)
     _check_stop(config)
     _check_metrics(config)
