@@ -147,8 +147,11 @@ def ask(name: str, job_ids: Sequence[str], tags: Sequence[str]) -> Look:
     """One look at the scheduler of backend ``name``; jobs of one that does not answer are ``unreachable``."""
     try:
         return backends.load(name).look(job_ids, tags)
-    except ClusterError as error:
-        # A machine without this scheduler's commands still shows all other runs, and what the store says of these.
+    except (ClusterError, UserError) as error:
+        if isinstance(error, UserError) and "@" not in name:
+            raise
+        # A machine without this scheduler's commands, or a login to them, still shows all other runs, and what the
+        # store says of these.
         return Look({job_id: JobView(job_id, "unreachable", str(error)) for job_id in job_ids}, {})
 
 
@@ -296,12 +299,13 @@ def resume(
     record = now.run.record
     if record is None:
         raise UserError(f"{run.url}: {now.run.problems[0]}; it cannot be resumed")
-    config_path, work_dir, study = "config.yaml", None, None
+    config_path, work_dir, study, python = "config.yaml", None, None, None
     for submission in reversed(now.run.submissions):
         config_path = submission.record.config
         spec = launch.stored_spec(now.run.store, submission.number)
         if spec:
             work_dir, study = spec.get("options", {}).get("work_dir"), spec.get("study")
+            python = None if moved else spec.get("python")
             break
     try:
         text = now.run.store.get(config_path).decode()
@@ -318,7 +322,7 @@ def resume(
         config_path = f"job/{number:04d}/config.yaml"
         now.run.store.create(config_path, composed.yaml_text.encode())
     again = launch.Prepared(**{**vars(prepared), "run_id": run.id, "name": record.name})
-    origin = launch.Origin(archive, work_dir, study=study)
+    origin = launch.Origin(archive, work_dir, study=study, python=python)
     launch.submit(again, now.run.store, number, config_path, origin)
     return records.load_run(now.run.store)
 

@@ -150,6 +150,7 @@ class Origin:
     trials: Sequence[int] = ()  # of a study, which this submission is an array of
     parallel: int | None = None  # of these at a time
     study: dict[str, Any] | None = None  # whose trial this run is
+    python: str | None = None  # of the submission before, where this machine cannot know what the nodes have
 
 
 def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, origin: Origin) -> JobSpec:
@@ -158,7 +159,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     container = getattr(config.cluster, "container", None)
     # This interpreter's path means nothing inside somebody's image, or on another host.
     outside = not (prepared.backend.own_image or prepared.login) and (container is None or container.runtime == "none")
-    python = config.cluster.python or (sys.executable if outside else "python3")
+    known = origin.python if prepared.login else None
+    python = config.cluster.python or known or (sys.executable if outside else "python3")
     program = "llm.train" if config.task == "train" else f"llm.tools.{config.task}"
     built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import cluster
+from tests.ssh.sshd import Sshd
 
 TREE = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -100,11 +101,12 @@ SHOWN = {
         "FailIndex",
         "nothing was submitted of 2 trials",
     ],
+    "ssh.md": ["finished", "latest", "is no host", "ssh://login.example.org/scratch/me/runs", "exit code 2"],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }
 
 
-def paste(page: str, tmp_path: Path) -> str:
+def paste(page: str, tmp_path: Path, **more: str) -> str:
     """Run the page's blocks; what the terminal showed."""
     script = "set -eo pipefail\n" + "\n".join(PAGES[page])
     env = {
@@ -112,6 +114,7 @@ def paste(page: str, tmp_path: Path) -> str:
         "HOME": str(tmp_path),
         "LLMOPS_RUNS_URL": str(tmp_path / "runs"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **more,
     }
     done = subprocess.run(
         ["bash", "-c", script],
@@ -126,7 +129,7 @@ def paste(page: str, tmp_path: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if PAGES[page] and page != "slurm.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if PAGES[page] and page not in ("slurm.md", "ssh.md")])
 def test_a_page_works_when_pasted(page, tmp_path):
     shown = paste(page, tmp_path)
     for text in SHOWN[page]:
@@ -138,6 +141,19 @@ def test_the_slurm_page_works_when_pasted(slurm, tmp_path):
     shown = paste("slurm.md", tmp_path)
     cluster.cancel_all()
     for text in SHOWN["slurm.md"]:
+        assert text in shown, shown
+
+
+@pytest.mark.slurm
+def test_the_ssh_page_works_when_pasted(slurm, tmp_path):
+    daemon = Sshd(tmp_path / "sshd", "login.example.org")
+    places = {"LLMOPS_RUNS_URL": f"ssh://login.example.org{tmp_path}/runs", "LLMOPS_SSH_CONFIG": str(daemon.config)}
+    try:
+        shown = paste("ssh.md", tmp_path, JOB_PYTHON=sys.executable, **places)
+    finally:
+        cluster.cancel_all()
+        daemon.stop()
+    for text in SHOWN["ssh.md"]:
         assert text in shown, shown
 
 

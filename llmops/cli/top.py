@@ -33,13 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from llmops.monitor.feed import leave
-    from llmops.runs.store import default_runs_url
+    from llmops.runs.store import default_runs_url, open_store
     from llmops.top.source import Source
 
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
     if ascii_only and sys.__stderr__ is not None:
         sys.__stderr__.reconfigure(errors="replace")  # where Textual draws
     colours = {"truecolor": 1 << 24, "256": 256}.get(Console().color_system or "", 16)
-    TopApp(Source(arguments.runs_url or default_runs_url()), arguments.interval, ascii_only, colours).run()
+    url = arguments.runs_url or default_runs_url()
+    store = open_store(url)
+    if store.login is not None:
+        store.exists("")  # who types a password for it does so before the screen is drawn
+    TopApp(Source(url), arguments.interval, ascii_only, colours).run()
     leave(LEAVE_S)
     return 0

@@ -21,6 +21,7 @@ from llmops.ssh.address import Address
 
 READY_S, TYPING_S = 60.0, 300.0  # until then; more where the user types a password
 MOST_S = 900.0  # for any one request, however much moves
+SLOWEST = 50_000  # bytes per second of what is sent; less is taken for nothing
 CHUNK = 1 << 16
 _BOOT = (  # runs modules that were sent as text, in order, as if they had been imported
     "import types\n"
@@ -104,13 +105,14 @@ class Session:
             number = self.requests
             self._pending[number] = answer
         begun = self._moved = time.monotonic()
+        sending_s = len(data) / SLOWEST  # much of it may wait in buffers that nobody here sees
         try:
             self._write(json.dumps({**fields, "id": number, "size": len(data)}).encode() + b"\n", data)
         except OSError:
             self._give_up(f"{self.address}: the connection was lost")
         while not answer.there.wait(min(timeout_s, 5.0)):
             now = time.monotonic()
-            if now - self._moved > timeout_s or now - begun > MOST_S:
+            if now - self._moved > timeout_s + sending_s or now - begun > MOST_S + sending_s:
                 self._give_up(f"{self.address}: no answer for {now - max(self._moved, begun):.0f} s")
         if answer.fields is None:
             raise Lost(self._lost)

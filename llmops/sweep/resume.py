@@ -82,7 +82,7 @@ def resume(study: records.Study, plan: Plan, max_parallel: int | None) -> record
     work_dir = (spec or {}).get("options", {}).get("work_dir")
     parallel = max_parallel or plan.composed.config.sweep.max_parallel
     most = check_backend(base, len(plan.trials), parallel)
-    origin = launch.Origin(archive, work_dir, parallel=parallel)
+    origin = launch.Origin(archive, work_dir, parallel=parallel, python=(spec or {}).get("python"))
     submit(base, study.store, batches(plan.trials, most), origin, plan.changes)
     return records.load_study(study.store)
 

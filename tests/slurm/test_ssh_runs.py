@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,29 +11,54 @@ import pytest
 
 from tests.launcher.harness import TINY, Launcher
 from tests.slurm import cluster
+from tests.ssh.sshd import Sshd
 
 PYTHON = f"cluster.python={sys.executable}"
+# sbatch on the login node: SLURM takes the job, and then the connection breaks, the first time.
+CUT = """#!/bin/sh
+job=$(/usr/bin/sbatch "$@") || exit 1
+echo "$job" >> {count}
+if [ "$(wc -l < {count})" = 1 ]; then kill -KILL $(ps -o ppid= -p $(ps -o ppid= -p $PPID)); fi
+echo "$job"
+"""
 
 
 @pytest.fixture
-def laptop(slurm, sshd, tmp_path):
+def login(slurm, tmp_path):
+    """A login node, whose home and whose sbatch a test may change."""
+    for name in ("home", "programs"):
+        (tmp_path / name).mkdir()
+    path = f"{tmp_path}/programs:{os.environ['PATH']}"
+    daemon = Sshd(tmp_path / "sshd", options=f"SetEnv PATH={path} HOME={tmp_path}/home\n")
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def laptop(login, tmp_path):
     """A launcher on a machine without SLURM's commands."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("ssh", "git", "sh", "bash"):
         (programs / name).symlink_to(f"/usr/bin/{name}")
-    launcher = Launcher(tmp_path / "runs", "slurm", PATH=str(programs), XDG_STATE_HOME=str(tmp_path / "state"))
-    launcher.env["LLMOPS_RUNS_URL"] = f"ssh://{sshd.name}{launcher.url}"
+    places = {"XDG_STATE_HOME": str(tmp_path / "state"), "LLMOPS_SSH_CONFIG": str(login.config)}
+    launcher = Launcher(tmp_path / "runs", "slurm", PATH=str(programs), **places)
+    launcher.env["LLMOPS_RUNS_URL"] = f"ssh://login{launcher.url}"
     yield launcher
     cluster.cancel_all()
 
 
-def test_a_run_is_submitted_watched_cancelled_and_resumed_from_elsewhere(laptop, undisturbed):
+def test_a_run_is_submitted_watched_cancelled_and_resumed_from_elsewhere(laptop, login, undisturbed):
     assert Path("/usr/bin/sbatch").exists()
     assert "/usr/bin" not in laptop.env["PATH"]
     run_id = laptop.submit(*TINY, PYTHON)
+    (archive,) = (laptop.root / "code").iterdir()
+    sent = archive.stat()
+    record = json.loads((laptop.root / run_id / "run.json").read_text())
+    assert record["code"]["sha256"] == archive.name.partition(".")[0]
+    assert record["code"]["dirty"] is not None
     laptop.wait_step(run_id, 12)
-    assert run_id in laptop.ok("status", "--state", "running")
+    assert "running" in laptop.ok("status", "--state", "running", run_id)
     laptop.ok("cancel", "--graceful", run_id)
     laptop.wait(run_id, "cancelled")
     laptop.ok("resume", run_id)
@@ -41,3 +68,60 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed_from_elsewhere(laptop,
     value = laptop.wait(run_id, "finished")
     assert value["url"] == f"{laptop.env['LLMOPS_RUNS_URL']}/{run_id}"
     assert laptop.losses(run_id) == undisturbed
+    assert "latest" in laptop.ok("ckpt", "ls", run_id)
+    assert " ok " in laptop.ok("ckpt", "verify", run_id)
+    laptop.submit("cluster.time=5", PYTHON, command=("true",))
+    (again,) = (laptop.root / "code").iterdir()
+    assert (again.stat().st_ino, again.stat().st_mtime_ns) == (sent.st_ino, sent.st_mtime_ns), "sent once"
+    assert len(login.connections()) == 1
+
+
+def test_a_connection_that_breaks_in_mid_submit_leaves_one_job(laptop, login, tmp_path):
+    wrapper = tmp_path / "programs/sbatch"
+    wrapper.write_text(CUT.format(count=tmp_path / "count"))
+    wrapper.chmod(0o755)
+    run_id = laptop.submit(PYTHON, command=("sleep", "300"))
+    (job_id,) = (tmp_path / "count").read_text().split()
+    assert laptop.status(run_id)["job_ids"] == [job_id]
+    assert cluster.run(["squeue", "-h", "-o", "%A"]).stdout.split() == [job_id]
+
+
+def test_with_an_object_store_only_slurm_is_asked_over_ssh(laptop, s3_url, tmp_path):
+    laptop.env |= {"LLMOPS_RUNS_URL": s3_url, "TOKEN": "hidden-value"}
+    laptop.url = s3_url
+    show = ("sh", "-c", "echo token of ${#TOKEN} characters")
+    run_id = laptop.submit("cluster.host=login", PYTHON, "secrets=[TOKEN]", command=show)
+    laptop.wait(run_id, "finished")
+    assert "token of 12 characters" in laptop.ok("logs", run_id)
+    (secrets,) = (tmp_path / "home/.local/share/llmops/secrets").iterdir()
+    assert secrets.stat().st_mode & 0o777 == 0o600
+    assert list((tmp_path / "home").glob(f"{run_id}.*.out"))
+
+
+def test_a_sweep_is_submitted_and_watched_from_elsewhere(laptop):
+    sizes = ("train.max_steps=10", "train.lr=1e-3,3e-3", PYTHON, "cluster.cpus_per_rank=1")
+    laptop.ok("sweep", "--backend", "slurm", "--name", "far", *TINY, *sizes)
+    done = lambda: '"finished": 2' in laptop.ok("sweep", "status", "far", "--json")  # noqa: E731
+    laptop.wait_for(done, 240, lambda: laptop.call("sweep", "status", "far").stdout, "far")
+    assert "step" in laptop.ok("logs", "far/0")
+
+
+def test_what_cannot_work_over_ssh_is_refused(laptop, tmp_path):
+    def refused(said, *arguments, code=2):
+        done = laptop.call("submit", "--backend", *arguments, "--", "true")
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert said in done.stderr
+
+    refused("there is no such partition", "slurm", "cluster.partition=none")
+    refused("name different hosts", "slurm", "cluster.host=other")
+    refused("is no host", "slurm", "cluster.host=-oProxyCommand=x")
+    refused("cannot reach it", "local")
+    refused("ssh://login/scratch", "slurm", "cluster.host=login", "runs_url=/scratch")
+    refused("runs cannot be kept there", "slurm", f"runs_url=ssh://login{login_file(tmp_path)}/runs")
+    assert not laptop.root.exists()
+
+
+def login_file(tmp_path):
+    """Where a folder is expected."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file"
