@@ -29,7 +29,10 @@ def login(slurm, tmp_path):
     for name in ("home", "programs"):
         (tmp_path / name).mkdir()
     path = f"{tmp_path}/programs:{os.environ['PATH']}"
-    daemon = Sshd(tmp_path / "sshd", options=f"SetEnv PATH={path} HOME={tmp_path}/home\n")
+    known = {"PATH": path, "HOME": f"{tmp_path}/home"}  # what its user's profile would set
+    known |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    options = "SetEnv " + " ".join(f"{name}={value}" for name, value in known.items())
+    daemon = Sshd(tmp_path / "sshd", options=f"{options}\n")
     yield daemon
     daemon.stop()
 
@@ -99,7 +102,7 @@ def test_with_an_object_store_only_slurm_is_asked_over_ssh(laptop, s3_url, tmp_p
 
 
 def test_a_sweep_is_submitted_and_watched_from_elsewhere(laptop):
-    sizes = ("train.max_steps=10", "train.lr=1e-3,3e-3", PYTHON, "cluster.cpus_per_rank=1")
+    sizes = ("train.max_steps=10", "train.warmup_steps=2", "train.lr=1e-3,3e-3", PYTHON, "cluster.cpus_per_rank=1")
     laptop.ok("sweep", "--backend", "slurm", "--name", "far", *TINY, *sizes)
     done = lambda: '"finished": 2' in laptop.ok("sweep", "status", "far", "--json")  # noqa: E731
     laptop.wait_for(done, 240, lambda: laptop.call("sweep", "status", "far").stdout, "far")

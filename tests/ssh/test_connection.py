@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
+import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +17,7 @@ from llmops.errors import ClusterError, UserError
 from llmops.runs import ssh_store
 from llmops.runs.store import open_store
 from llmops.ssh import command
-from tests.launcher.harness import Launcher
+from tests.launcher.harness import LLMOPS, TREE, Launcher
 from tests.ssh.sshd import Sshd
 
 
@@ -173,3 +177,51 @@ def test_a_folder_that_cannot_be_written_is_one_line(sshd, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^login: .*runs cannot be kept there"):
         open_store(f"ssh://login{tmp_path}/file/runs").create("x", b"")
+
+
+def far_ends(daemon):
+    """Process ids of our programs at the other end of this host's connections."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            of_this = f" {daemon.port}\0".encode() in (path / "environ").read_bytes()
+            if of_this and b"sys.version_info" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def test_the_other_end_ends_with_this_one_however_it_ends(own, tmp_path):
+    program = "import sys, time; from llmops.runs.store import open_store; open_store(sys.argv[1]).list(); print()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; sys.stdout.flush(); time.sleep(300)", f"ssh://own{tmp_path}/runs"],
+        stdout=subprocess.PIPE,
+        cwd=TREE,
+    )
+    assert process.stdout.readline() == b"\n"
+    assert far_ends(own)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while far_ends(own):
+        assert time.monotonic() < deadline, far_ends(own)
+        time.sleep(0.05)
+
+
+def test_at_a_terminal_ssh_may_ask(own, tmp_path):
+    (own.folder / "known_hosts").write_text("")
+    launcher = Launcher(f"ssh://own{tmp_path}/runs", "slurm")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(TREE)
+        os.execve(sys.executable, [*LLMOPS, "status"], launcher.env)
+    shown, answered = b"", False
+    with contextlib.suppress(OSError):  # the other side is closed
+        while data := os.read(terminal, 1024):
+            shown += data
+            if b"(yes/no" in shown and not answered:
+                os.write(terminal, b"yes\n")
+                answered = True
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown.decode()
+    assert answered
+    assert f":{own.port} " in (own.folder / "known_hosts").read_text()
