@@ -81,8 +81,14 @@ pids_of_name() {
 
 # A clean environment and no descriptor of the caller, so that whoever reads our output sees its end.
 try() (
+  local descriptor
+  for descriptor in /proc/self/fd/*; do
+    descriptor=${descriptor##*/}
+    # A lock that a caller holds by an open file would last as long as the daemon. 255 is bash's own.
+    if ((descriptor > 2 && descriptor < 255)); then exec {descriptor}>&-; fi
+  done
   exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LLMOPS_SLURM_DIR="$DIR" \
-    SLURM_CONF="$CONF" MYSQL_UNIX_PORT="$DIR/mariadb/socket" "$@" </dev/null >>"$DIR/log/start.log" 2>&1 9>&-
+    SLURM_CONF="$CONF" MYSQL_UNIX_PORT="$DIR/mariadb/socket" "$@" </dev/null >>"$DIR/log/start.log" 2>&1
 )
 
 spawn() {

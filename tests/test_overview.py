@@ -50,9 +50,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     load = records.load_run
 
-    def counting(store: Any, *seen: Any) -> Any:
+    def counting(store: Any, *ahead: Any) -> Any:
         seen.append(store.url.rsplit("/", 1)[-1])
-        return load(store, *seen)
+        return load(store, *ahead)
 
     monkeypatch.setattr(records, "load_run", counting)
     return seen
