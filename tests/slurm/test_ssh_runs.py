@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.harness import TINY, Launcher
+from tests.launcher.harness import TINY, TREE, Launcher
 from tests.slurm import cluster
 from tests.ssh.sshd import Sshd
 
@@ -29,7 +29,8 @@ def login(slurm, tmp_path):
     for name in ("home", "programs"):
         (tmp_path / name).mkdir()
     path = f"{tmp_path}/programs:{os.environ['PATH']}"
-    known = {"PATH": path, "HOME": f"{tmp_path}/home"}  # what its user's profile would set
+    # What its user's profile would set; jobs find this very llmops.
+    known = {"PATH": path, "HOME": f"{tmp_path}/home", "PYTHONPATH": str(TREE)}
     known |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     options = "SetEnv " + " ".join(f"{name}={value}" for name, value in known.items())
     daemon = Sshd(tmp_path / "sshd", options=f"{options}\n")
@@ -104,8 +105,13 @@ def test_with_an_object_store_only_slurm_is_asked_over_ssh(laptop, s3_url, tmp_p
 def test_a_sweep_is_submitted_and_watched_from_elsewhere(laptop):
     sizes = ("train.max_steps=10", "train.warmup_steps=2", "train.lr=1e-3,3e-3", PYTHON, "cluster.cpus_per_rank=1")
     laptop.ok("sweep", "--backend", "slurm", "--name", "far", *TINY, *sizes)
-    done = lambda: '"finished": 2' in laptop.ok("sweep", "status", "far", "--json")  # noqa: E731
-    laptop.wait_for(done, 240, lambda: laptop.call("sweep", "status", "far").stdout, "far")
+
+    def ended():
+        states = json.loads(laptop.ok("sweep", "status", "far", "--json"))["states"]
+        return states if sum(states.get(state, 0) for state in ("finished", "failed")) == 2 else None
+
+    laptop.wait_for(ended, 240, "two trials to end", "far")
+    assert ended() == {"finished": 2}
     assert "step" in laptop.ok("logs", "far/0")
 
 
