@@ -108,10 +108,10 @@ def test_a_sweep_is_submitted_and_watched_from_elsewhere(laptop):
 
     def ended():
         states = json.loads(laptop.ok("sweep", "status", "far", "--json"))["states"]
-        return states if sum(states.get(state, 0) for state in ("finished", "failed")) == 2 else None
+        return states if sum(states.get(state, 0) for state in ("complete", "failed")) == 2 else None
 
     laptop.wait_for(ended, 240, "two trials to end", "far")
-    assert ended() == {"finished": 2}
+    assert ended() == {"complete": 2}
     assert "step" in laptop.ok("logs", "far/0")
 
 
