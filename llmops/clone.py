@@ -39,7 +39,7 @@ def prepare(
         raise UserError(f"{run.url}/{path} is missing or damaged ({error}); it cannot be cloned") from error
     moved = [f"cluster={backend}"] if backend and backend != run.backend else []
     composed = changed(text, [*moved, *overrides], launch.check_name(name or name_of(record.name)), config_dir)
-    prepared = launch.prepare(composed, records.root_of(run.url))
+    prepared = launch.prepare(composed, records.root_of(run.url), again=True)
     code = record.code if own_code else None
     if own_code and code is None:
         raise UserError(f"{run.id} has no snapshot of its code; leave --code out")
