@@ -80,11 +80,11 @@ def check_backend(backend: str | None) -> None:
         )
 
 
-def submit(prepared: launch.Prepared) -> Run:
-    """Submit a prepared run and return it as it stands in the run store."""
+def submit(prepared: launch.Prepared, objects: Mapping[str, bytes] | None = None) -> Run:
+    """Submit a prepared run and return it as it stands in the run store. ``objects``: more that its job needs."""
     from llmops import launch
 
-    return records.load_run(launch.start(prepared))
+    return records.load_run(launch.start(prepared, objects))
 
 
 def find(ref: str | None, runs_url: str | None = None) -> Run:

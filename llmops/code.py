@@ -95,6 +95,12 @@ def snapshot(root: Path | None, runs_url: str, max_mb: float, exclude: Sequence[
     return CodeSnapshot(digest, f"{store.job_url}/{path}", chosen, commit, dirty, count, written, tuple(skipped))
 
 
+def current_folder() -> str:
+    """The current folder inside a snapshot that is taken without ``root``; empty at its top."""
+    prefix = _git(Path.cwd(), "rev-parse", "--show-prefix")
+    return prefix.rstrip("\n").rstrip("/") if prefix else ""
+
+
 def _root(root: Path | None) -> Path:
     chosen = Path(os.path.realpath(os.path.expanduser(root or Path())))  # noqa: PTH111 - copes with links to themselves
     if not chosen.is_dir():

@@ -11,7 +11,7 @@ import os
 import secrets as random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,14 +153,19 @@ class Origin:
     python: str | None = None  # of the submission before, where this machine cannot know what the nodes have
 
 
+def interpreter(prepared: Prepared, before: str | None = None) -> str:
+    """The Python that the job runs. ``before``: that of the submission before, as :class:`Origin` has it."""
+    container = getattr(prepared.config.cluster, "container", None)
+    # This interpreter's path means nothing inside somebody's image, or on another host.
+    outside = not (prepared.backend.own_image or prepared.login) and (container is None or container.runtime == "none")
+    known = before if prepared.login else None
+    return prepared.config.cluster.python or known or (sys.executable if outside else "python3")
+
+
 def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, origin: Origin) -> JobSpec:
     """What the supervisor will run."""
     config = prepared.config
-    container = getattr(config.cluster, "container", None)
-    # This interpreter's path means nothing inside somebody's image, or on another host.
-    outside = not (prepared.backend.own_image or prepared.login) and (container is None or container.runtime == "none")
-    known = origin.python if prepared.login else None
-    python = config.cluster.python or known or (sys.executable if outside else "python3")
+    python = interpreter(prepared, origin.python)
     program = "llm.train" if config.task == "train" else f"llm.tools.{config.task}"
     built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {
@@ -274,8 +279,8 @@ def snapshot(prepared: Prepared) -> tuple[records.Code | None, str | None]:
     return records.Code(taken.sha256, taken.git_commit, taken.dirty), str(taken.archive)
 
 
-def start(prepared: Prepared) -> Store:
-    """Write the run and submit its first job. Returns the run's store."""
+def start(prepared: Prepared, objects: Mapping[str, bytes] | None = None) -> Store:
+    """Write the run, with further ``objects`` that its job needs, and submit its first job. Returns the run's store."""
     config = prepared.config
     code, archive = snapshot(prepared)
     record = records.RunRecord(
@@ -295,8 +300,14 @@ def start(prepared: Prepared) -> Store:
         version=__version__,
     )
     run = records.create_run(prepared.runs.url, record, prepared.composed.yaml_text.encode())
+    write_objects(run, objects or {})
     submit(prepared, run, 0, "config.yaml", Origin(archive))
     return run
+
+
+def write_objects(store: Store, objects: Mapping[str, bytes]) -> None:
+    """Put objects that are nobody else's business into the directory of a new run or study."""
+    records.each(store, list(objects), lambda path: store.create(path, objects[path], mode=0o600))
 
 
 def submit(prepared: Prepared, run: Store, number: int, config_path: str, origin: Origin) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +53,11 @@ def dry_run(prepared: PreparedStudy) -> str:
     return sweeps.dry_run(prepared)
 
 
-def start(prepared: PreparedStudy) -> Study:
-    """Submit all trials of a prepared study."""
+def start(prepared: PreparedStudy, objects: Mapping[str, bytes] | None = None) -> Study:
+    """Submit all trials of a prepared study. ``objects``: more that its jobs need."""
     from llmops.sweep import launch as sweeps
 
-    return sweeps.start(prepared)
+    return sweeps.start(prepared, objects)
 
 
 def find(ref: str | None, runs_url: str | None = None) -> Study:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,12 +144,13 @@ def batches(trials: Sequence[int], most: int | None) -> list[Sequence[int]]:
     return [trials[start : start + step] for start in range(0, len(trials), step)]
 
 
-def start(prepared: PreparedStudy) -> records.Study:
-    """Write the study and submit its trials."""
+def start(prepared: PreparedStudy, objects: Mapping[str, bytes] | None = None) -> records.Study:
+    """Write the study, with further ``objects`` that its jobs need, and submit its trials."""
     base = prepared.base
     code, archive = launch.snapshot(base)
     record = msgspec.structs.replace(prepared.record, code=code)
     store = records.create_study(base.runs.url, record, base.composed.yaml_text.encode(), prepared.bases.to_bytes())
+    launch.write_objects(store, objects or {})
     arrays = batches(range(record.trials), prepared.most)
     submit(base, store, arrays, launch.Origin(archive, parallel=prepared.parallel))
     return records.load_study(store)
