@@ -57,6 +57,7 @@ def test_content(wheel: Path) -> None:
         assert {name.removeprefix(f"llmops/{folder}/") for name in names if f"/{folder}/" in name} == shipped
     tracked = {str(path.relative_to(REPOSITORY)) for part in packages for path in (REPOSITORY / part).rglob("*.py")}
     assert tracked <= set(names)
+    assert {"llmops/py.typed", "llm/py.typed"} <= set(names)  # type checkers read the annotations
     assert not [name for name in names if name.endswith(".pyc")]
 
 

@@ -132,7 +132,7 @@ def test_a_result_of_another_python_is_not_loaded(made: MadeRun) -> None:
 def test_a_module_that_the_job_does_not_have_is_named(made: MadeRun) -> None:
     put_call(made, b"cnowhere.to_be_found\nf\n.")
     assert job.run(place(made)) == 2
-    with pytest.raises(RunFailed, match="No module named 'nowhere'.*code snapshot"):
+    with pytest.raises(RunFailed, match=r"No module named 'nowhere'.*code snapshot"):
         call.returned(made.load(), 0, "failed", "")
 
 
