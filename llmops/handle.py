@@ -17,7 +17,8 @@ from llmops.runs.store import Store, open_store
 T = TypeVar("T")
 
 ASK_S = 10.0  # how often a scheduler is asked while somebody waits; the run store is looked at all the time
-LOOK_S, LOOK_MAX_S = 0.1, 2.0
+LOOK_S, LOOK_MAX_S = 0.1, 2.0  # between two looks at the run store; a folder is looked at more often
+FOLDER_MAX_S = 0.5
 OUTAGE_S = 300.0  # for which a store that does not answer is borne while somebody waits
 
 
@@ -106,7 +107,7 @@ class Run(Generic[T]):
                 known = latest.state if latest else "unknown"
                 raise TimeoutError(f"{self.id} is {known} after {timeout:g} s; it goes on")
             time.sleep(min(pause, left))
-            pause = min(1.5 * pause, LOOK_MAX_S)
+            pause = min(1.5 * pause, FOLDER_MAX_S if self._store.local_path else LOOK_MAX_S)
 
     def logs(
         self, *, rank: int | None = None, attempt: int | None = None, tail: int | None = None, follow: bool = False

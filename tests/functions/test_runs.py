@@ -13,14 +13,8 @@ import pytest
 
 import llmops
 from llmops import display
-from tests.launcher.harness import TINY, TREE
-
-
-@pytest.fixture(scope="module")
-def tiny(home: Path) -> llmops.Run[None]:
-    """A training of ten steps."""
-    short = ["train.max_steps=10", "train.seq_len=64", "train.warmup_steps=2"]
-    return llmops.submit([*TINY, *short, "code.enabled=false"], name="tiny-from-python")
+from tests.conftest import RunMaker
+from tests.launcher.harness import TREE
 
 
 def test_a_program_is_followed_cancelled_and_resumed(home: Path, tmp_path: Path) -> None:
@@ -42,19 +36,32 @@ def test_a_program_is_followed_cancelled_and_resumed(home: Path, tmp_path: Path)
     assert run.metrics() == []
 
 
-def test_a_training_has_metrics(tiny: llmops.Run[None]) -> None:
-    assert tiny.wait(180, progress=True).state == "finished"
-    assert [record["step"] for record in tiny.metrics()] == list(range(1, 11))
-    assert all(record["loss"] > 0 for record in tiny.metrics())
-    assert tiny.describe()["step"] == 10
-    assert llmops.find("tiny-from-python") == tiny
+@pytest.fixture
+def trained(make_run: RunMaker) -> llmops.Run[None]:
+    """What a training of a hundred steps leaves that was preempted at step 50, after a commit at step 40."""
+    made = make_run("trained", backend="local")
+    made.submission(0, "1", "local")
+    made.start(0, job_id="1")
+    made.metrics(0, range(1, 51))
+    made.end(0, "preempted", "retry", last_step=50)
+    made.start(1, "checkpoints/step_00000040/0000-0000", job_id="1")
+    made.metrics(1, range(41, 101))
+    made.end(1, "finished", last_step=100)
+    return llmops.Run(made.store.url)
 
 
-def test_a_run_in_a_notebook(tiny: llmops.Run[None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_has_each_step_once(trained: llmops.Run[None]) -> None:
+    assert [record["step"] for record in trained.metrics()] == list(range(1, 101))
+    assert trained.metrics()[40]["loss"] == 10 / 41 + 1, "of the attempt that counts"
+    assert trained.describe()["step"] == 100
+    assert trained.wait(1, progress=True).state == "finished"
+    assert trained.result() is None
+
+
+def test_a_run_in_a_notebook(trained: llmops.Run[None], monkeypatch: pytest.MonkeyPatch) -> None:
     """One output, replaced as the run goes on; IPython's interface, without a kernel to talk to."""
-    tiny.wait(120)
-    assert "finished" in tiny._repr_html_()
-    assert "10 of 10" in tiny._repr_html_()
+    assert "finished" in trained._repr_html_()
+    assert "100 of 100" in trained._repr_html_()
     shown: list[dict[str, str]] = []
 
     class Handle:
@@ -69,8 +76,8 @@ def test_a_run_in_a_notebook(tiny: llmops.Run[None], monkeypatch: pytest.MonkeyP
         get_ipython=lambda: types.SimpleNamespace(kernel=1), display=types.SimpleNamespace(display=first)
     )
     monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
-    status = tiny.status()
-    with display.shown(tiny.id, None) as show:
+    status = trained.status()
+    with display.shown(trained.id, None) as show:
         for _ in range(3):
             show(status)
         show(llmops.Status(status.run, "running", "<b>", None))
