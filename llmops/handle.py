@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llmops import api, studies
 from llmops.api import Status
@@ -14,12 +14,18 @@ from llmops.runs import records
 from llmops.runs.model import Run as RunDirectory
 from llmops.runs.store import Store, open_store
 
+if TYPE_CHECKING:
+    from llmops.sweep.model import TrialRow
+
 T = TypeVar("T")
 
 ASK_S = 10.0  # how often a scheduler is asked while somebody waits; the run store is looked at all the time
 LOOK_S, LOOK_MAX_S = 0.1, 2.0  # between two looks at the run store; a folder is looked at more often
 FOLDER_MAX_S = 0.5
+ROWS_S = 1.0  # for which what was seen of a study serves all of its elements
 OUTAGE_S = 300.0  # for which a store that does not answer is borne while somebody waits
+
+_ROWS: dict[str, tuple[float, dict[int, TrialRow]]] = {}  # by study: when they were read, and the rows by number
 
 
 class Run(Generic[T]):
@@ -59,12 +65,11 @@ class Run(Generic[T]):
         """The state, read anew: ``state`` is pending, running, preempted, finished, failed, cancelled or unknown.
 
         ``reason`` says why in words, and ``run`` is all that the run directory holds. Asks the scheduler once, unless
-        the run is over.
+        the run is over; of the runs of one :func:`llmops.map`, once a second for all of them together.
         """
         run = self._read()
-        if run.record is None and self._element() is not None:
-            return self._waiting(run)
-        return api.status(run)
+        element = self._element()
+        return api.status(run) if element is None or api.over_for_good(run) else self._of_many(run, *element)
 
     def describe(self) -> dict[str, Any]:
         """The run as ``llmops status --json`` has it: step, loss, goodput, host, error and more."""
@@ -148,6 +153,7 @@ class Run(Generic[T]):
             root = records.root_of(self.url)
             if studies.is_waiting(ref, root):
                 studies.cancel_waiting(ref, root)
+                _ROWS.clear()
                 return self.status()
         return api.cancel(self._read(), graceful, wait)
 
@@ -188,7 +194,9 @@ class Run(Generic[T]):
         self.wait(timeout)
         try:
             self.result()
-        except Exception as error:  # noqa: BLE001 - whatever the function raised is the answer
+        except Exception as error:  # whatever the function raised is the answer
+            if isinstance(error, ClusterError | UserError) and error.__cause__ is None:
+                raise  # it is not known
             return error
         return None
 
@@ -197,12 +205,16 @@ class Run(Generic[T]):
         study, dot, number = self.id.rpartition(".")
         return (study, int(number)) if dot and number.isdigit() else None
 
-    def _waiting(self, run: RunDirectory) -> Status:
-        """Of an element that has not begun: what its array's job says."""
-        element = self._element()
-        assert element is not None
-        found = studies.trials(studies.find(element[0], records.root_of(self.url)))
-        row = next(each for each in found if each.trial == element[1])
+    def _of_many(self, run: RunDirectory, study: str, number: int) -> Status:
+        """Of an element that is not over, or has not begun: what is known of all of its study."""
+        taken, rows = _ROWS.get(study, (0.0, {}))
+        if time.monotonic() - taken > ROWS_S:
+            found = studies.trials(studies.find(study, records.root_of(self.url)))
+            rows = {row.trial: row for row in found}
+            _ROWS[study] = time.monotonic(), rows
+        if number not in rows:
+            raise UserError(f"{study} has no element {number}")
+        row = rows[number]
         state = {"complete": "finished", "timeout": "failed"}.get(row.state, row.state)
         return Status(run, state, row.reason, None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import pickle
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import llmops
+from llmops import studies
 from llmops.functions.call import RemoteTraceback
 from tests.functions import work
 from tests.functions.conftest import FAST
@@ -135,13 +135,17 @@ def test_many_calls_in_order_with_an_exception_of_one(here: llmops.Executor) -> 
     assert here.map(work.inverse, []) == []
 
 
-def test_one_of_many_is_cancelled_before_it_begins(home: Path, tmp_path: Path) -> None:
+def test_one_of_many_is_cancelled_before_it_begins(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = studies.trials
     one_at_a_time = llmops.Executor([*FAST, "sweep.max_parallel=1"])
     wanted = tmp_path / "wanted"
-    runs = one_at_a_time.map(work.sleep_until, itertools.repeat(str(wanted)), range(2)[:0])
-    assert runs == []
     runs = one_at_a_time.map(work.sleep_until, [str(wanted)] * 2)
     assert [run.status().state for run in runs] == ["pending", "pending"]
+    asked = []
+    monkeypatch.setattr(studies, "trials", lambda study: asked.append(study) or rows(study))
+    for _ in range(20):
+        assert runs[1].status().state == "pending"
+    assert len(asked) < 10, "one look serves all elements, and the next second"
     assert runs[1].cancel().state == "cancelled"
     wanted.write_text("here")
     assert runs[0].result(120) == "here"
