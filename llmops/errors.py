@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class OneLine(Exception):
+    """What is told without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show: the one line."""
+        return [f"llmops: {self}"]
+
+
+class UserError(OneLine):
     """What the user gave cannot work. The message says what, where (file, key, value) and what to do. Exit code 2."""
 
     exit_code = 2
 
 
-class ClusterError(Exception):
+class ClusterError(OneLine):
     """A scheduler or a store did not answer, or refused for a reason that is not the user's. Exit code 1."""
 
     exit_code = 1

@@ -94,6 +94,7 @@ class Run(Generic[T]):
     def _follow(self, deadline: float | None, timeout: float | None, show: Any) -> Status:
         latest, asked, pause, answered = None, 0.0, LOOK_S, time.monotonic()
         seen: tuple[int, ...] = ()
+        looks = 0
         while True:
             try:
                 run = self._read()
@@ -101,7 +102,10 @@ class Run(Generic[T]):
                 if latest is None or marks != seen or time.monotonic() - asked > ASK_S:
                     latest, seen, asked, pause = self.status(), marks, time.monotonic(), LOOK_S
                     if _is_over(latest):
+                        if looks:  # what was shown must not stay what it was
+                            show(latest)
                         return latest
+                looks += 1
                 show(Status(run, latest.state, latest.reason, latest.job))
                 answered = time.monotonic()
             except ClusterError:

@@ -89,6 +89,10 @@ def test_a_damaged_run_is_still_shown(home: Path) -> None:
     assert "nowhere" in llmops.Run[Any](str(home / "runs" / "nowhere"))._repr_html_()
 
 
+def test_a_notebook_shows_errors_in_one_line() -> None:
+    assert llmops.UserError("no key")._render_traceback_() == ["llmops: no key"]
+
+
 def python(code: str, folder: Path = TREE, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
