@@ -70,7 +70,7 @@ class Executor:
         if python != sys.executable:
             prepared = prepare(_command(python))
         objects = call.sealed(prepared.run_id, [data], _path(prepared.config))
-        return Run(api.submit(prepared, objects).url)
+        return Run(api.submit(prepared, objects).url, calls=True)
 
     def map(self, function: Callable[..., T], /, *iterables: Iterable[Any]) -> list[Run[T]]:
         """Call ``function`` once for each item, as ``map`` does, each call a run of its own, in the order of the items.
@@ -107,7 +107,7 @@ class Executor:
             )
         objects = call.sealed(prepared.base.run_id, calls, _path(prepared.base.config))
         study = studies.start(prepared, objects)
-        return [Run(study.trial_store(number).url) for number in range(len(calls))]
+        return [Run(study.trial_store(number).url, calls=True) for number in range(len(calls))]
 
     def _name(self, function: Callable[..., Any]) -> str:
         return self.name or call.name_of(function)

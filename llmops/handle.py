@@ -36,8 +36,9 @@ class Run(Generic[T]):
     loop, and an interrupt (Ctrl-C, a notebook's stop button) ends the wait, not the run.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, *, calls: bool = False) -> None:
+        """``calls``: it is known to call a function; otherwise the run directory is asked."""
+        self.url, self._calls = url, calls
 
     @property
     def id(self) -> str:
@@ -185,7 +186,7 @@ class Run(Generic[T]):
 
         ended = self.wait(timeout)
         run = self._read()
-        if call.is_call(run):
+        if self._calls or call.is_call(run):
             value: T = call.returned(run, rank, ended.state, ended.reason)
             return value
         if ended.state != "finished":

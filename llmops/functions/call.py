@@ -33,7 +33,7 @@ def python_version() -> str:
 
 def name_of(function: Callable[..., Any]) -> str:
     """A run's name for a function, or for an object that is called."""
-    return str(getattr(function, "__name__", None) or type(function).__name__)
+    return str(getattr(function, "__name__", None) or type(function).__name__).strip("<>")
 
 
 def pickled(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:

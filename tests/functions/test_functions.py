@@ -40,6 +40,7 @@ def runs(here: llmops.Executor) -> dict[str, llmops.Run[Any]]:
     return {
         "add": here.submit(work.add, 1, b=2),
         "local": here.submit(local, 5),
+        "lambda": here.submit(lambda: base),
         "raises": here.submit(work.inverse, 0),
         "odd": here.submit(work.odd),
         "lock": here.submit(work.lock),
@@ -51,6 +52,7 @@ def runs(here: llmops.Executor) -> dict[str, llmops.Run[Any]]:
 def test_a_result_comes_back(runs: dict[str, llmops.Run[Any]]) -> None:
     assert runs["add"].result(120) == 3
     assert runs["local"].result(120) == 15
+    assert (runs["lambda"].name, runs["lambda"].result(120)) == ("lambda", 10)
     assert runs["add"].status().state == "finished"
     assert runs["add"].name == "add"
     assert "adding on rank 0" in list(runs["add"].logs())
