@@ -131,6 +131,11 @@ def _python(prepared: Prepared) -> str:
             f"functions do not run on {prepared.backend.name}, whose pods share no home with this machine that results "
             "could be trusted by; put the function into a program, and submit that as command=[…]"
         )
+    if prepared.login is not None:
+        raise UserError(
+            f"functions are not submitted over SSH: the key that results are trusted by stays on this machine, and "
+            f"jobs of {prepared.login} cannot read it; submit on {prepared.login} itself, or a program as command=[…]"
+        )
     return interpreter(prepared)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import llmops
-from llmops import studies
+from llmops import api, executor, studies
 from llmops.functions.call import RemoteTraceback
 from tests.functions import work
 from tests.functions.conftest import FAST
@@ -188,4 +189,7 @@ def test_what_cannot_be_submitted_leaves_nothing_behind(here: llmops.Executor, h
     pods = llmops.Executor(["cluster.image=x", "runs_url=s3://bucket/runs", "code.enabled=false"], backend="k8s")
     with pytest.raises(llmops.UserError, match="functions do not run on k8s"):
         pods.submit(work.inverse, 1)
+    far = dataclasses.replace(api.prepare(FAST, command=["true"]), login="login.example.org")
+    with pytest.raises(llmops.UserError, match=r"submit on login\.example\.org itself"):
+        executor._python(far)
     assert stored(home) == before
