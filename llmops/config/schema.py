@@ -48,7 +48,7 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """When a failure is tried again."""
 
     max_no_progress: PositiveInt = 3
-    max_failures: PositiveInt = 20
+    max_failures: NonNegativeInt = 20
     backoff_s: NonNegativeFloat = 2.0
     backoff_max_s: NonNegativeFloat = 60.0
 
