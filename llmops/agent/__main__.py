@@ -1,4 +1,4 @@
-"""``python agent.pyz local|slurm|k8s|pool|node|notify``: the supervisor's entry points."""
+"""``python agent.pyz local|slurm|k8s|torchx|pool|node|notify``: the supervisor's entry points."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def main(argv: list[str]) -> int:
         what.add_argument("--run", help="run directory: a path or a URL")
         what.add_argument("--study", help="directory of a study, of whose array this job is one element")
         verb.add_argument("--submission", type=int, required=True)
+    replica = verbs.add_parser("torchx", help="supervise a job of a TorchX scheduler, in each of its replicas")
+    replica.add_argument("--run", required=True)
+    replica.add_argument("--submission", type=int, required=True)
+    replica.add_argument("--node", type=int, required=True)
+    replica.add_argument("--main", default="", help="the host of replica 0")
     pool = verbs.add_parser("pool", help="run a study's trials on this machine, a few at a time")
     pool.add_argument("--study", required=True)
     pool.add_argument("--submission", type=int, required=True)
@@ -50,6 +55,11 @@ def main(argv: list[str]) -> int:
             from llmops.agent.pool import main as run_pool
 
             return run_pool(arguments.study, arguments.submission)
+        if arguments.verb == "torchx":
+            from llmops.agent.torchx import main as run_replica
+
+            rundir = open_rundir(arguments.run)
+            return run_replica(rundir, arguments.submission, arguments.node, arguments.main)
         if arguments.run:
             return supervise(open_rundir(arguments.run), arguments.submission)
         # Signals that come while the trial's run is made are kept until its supervisor has its handlers: one that is

@@ -103,7 +103,11 @@ def main(rundir: RunDir, submission: int) -> int:
     """Entry point of ``agent.pyz k8s``, the first process of a pod's container."""
     # Before anything that takes time: what has no handler, the first process of a container never hears.
     signals = SignalPipe((*STOP_SIGNALS, signal.SIGCHLD))
-    place = Place.of(dict(os.environ))
+    return supervise(rundir, submission, Place.of(dict(os.environ)), signals)
+
+
+def supervise(rundir: RunDir, submission: int, place: Place, signals: SignalPipe) -> int:
+    """Supervise the run, or follow the pod that does. Returns the exit code."""
     spec = rundir.get(f"job/{submission:04d}/spec.json")
     if spec is None:
         raise FileNotFoundError(f"{rundir.path(f'job/{submission:04d}')}/spec.json is not there")

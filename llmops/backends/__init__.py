@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmops.backends.base import Backend
 from llmops.errors import UserError
 
-NAMES = ("local", "slurm", "k8s")
+NAMES = ("local", "slurm", "k8s", "torchx")
 
 
 def load(name: str) -> Backend:
@@ -23,4 +23,8 @@ def load(name: str) -> Backend:
         from llmops.backends.k8s import K8sBackend
 
         return K8sBackend()
+    if name == "torchx":
+        from llmops.backends.torchx import TorchxBackend
+
+        return TorchxBackend()
     raise UserError(f"unknown backend {name!r}; choose one of: {', '.join(NAMES)}")

@@ -18,6 +18,7 @@ from llmops.config.schema import (
     LocalCluster,
     RunConfig,
     SlurmCluster,
+    TorchxCluster,
     time_limit_seconds,
     trains,
     warning_seconds,
@@ -116,6 +117,8 @@ def check(config: RunConfig) -> None:
         _check_slurm(config, config.cluster)
     elif isinstance(config.cluster, K8sCluster):
         k8s_rules.check(config, config.cluster)
+    elif isinstance(config.cluster, TorchxCluster):
+        _check_torchx(config, config.cluster)
     else:
         _check_local(config, config.cluster)
 
@@ -190,6 +193,26 @@ def _check_local(config: RunConfig, cluster: LocalCluster) -> None:
         raise UserError(
             f"stop.local_grace_s={config.stop.local_grace_s:g} leaves less than checkpoint.save_seconds="
             f"{config.checkpoint.save_seconds:g} to save: raise the first or lower the second"
+        )
+
+
+def _check_torchx(config: RunConfig, cluster: TorchxCluster) -> None:
+    for key in ("scheduler", "image", "python", "resource"):
+        _refuse_empty(f"cluster.{key}", getattr(cluster, key))
+    if cluster.scheduler is None:
+        raise UserError("cluster.scheduler is not set: name one of TorchX's, as -o scheduler=aws_batch")
+    sized = [key for key in ("cpus_per_node", "gpus_per_node", "memory_mb") if getattr(cluster, key) is not None]
+    if cluster.resource is not None and sized:
+        raise UserError(f"cluster.resource={cluster.resource} says what a node has: leave cluster.{sized[0]} out")
+    if cluster.image is not None and (hidden := [*config.secrets, *notify_rules.secret_names(config.notify)]):
+        raise UserError(
+            f"secrets: {hidden[0]} cannot travel into an image through TorchX, whose requests others may read: let "
+            "the scheduler or the image have it"
+        )
+    if trains(config) and cluster.grace_s - 5 < config.checkpoint.save_seconds:
+        raise UserError(
+            f"cluster.grace_s={cluster.grace_s} leaves less than checkpoint.save_seconds="
+            f"{config.checkpoint.save_seconds:g} and 5 s for the way out: raise the first or lower the second"
         )
 
 

@@ -264,6 +264,27 @@ class K8sCluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     template: str | None = None
 
 
+class TorchxCluster(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="backend", tag="torchx"
+):
+    """One app of a TorchX scheduler, with one replica per node. ``None`` leaves a choice to the scheduler."""
+
+    nodes: Multiplier = 1
+    ranks_per_node: Multiplier = 1
+    scheduler: str | None = None
+    options: dict[str, str] = {}
+    image: str | None = None
+    cpus_per_node: PositiveInt | None = None
+    gpus_per_node: NonNegativeInt | None = None
+    memory_mb: PositiveInt | None = None
+    resource: str | None = None
+    mounts: list[str] = []
+    max_retries: NonNegativeInt = 0
+    grace_s: PositiveInt = 30
+    wait_s: PositiveInt = 1800
+    python: str | None = None
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole run. ``command`` is empty for the built-in programs, of which ``task`` chooses one."""
 
@@ -282,7 +303,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     profile: ProfileConfig = ProfileConfig()
     lora: LoraConfig = LoraConfig()
     sweep: SweepConfig = SweepConfig()
-    cluster: LocalCluster | SlurmCluster | K8sCluster
+    cluster: LocalCluster | SlurmCluster | K8sCluster | TorchxCluster
     model: ModelConfig
     train: TrainConfig
     dist: DistConfig
@@ -293,10 +314,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     hardware: HardwareConfig | None = None
 
 
-CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster]] = {
+CLUSTERS: dict[str, type[LocalCluster] | type[SlurmCluster] | type[K8sCluster] | type[TorchxCluster]] = {
     "local": LocalCluster,
     "slurm": SlurmCluster,
     "k8s": K8sCluster,
+    "torchx": TorchxCluster,
 }
 
 
