@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,26 @@ def all_overrides(overrides: Sequence[str], backend: str | None, name: str | Non
     if command:
         full.append(assign("command", list(command)))
     return full
+
+
+def cluster_options(pairs: Sequence[str], backend: str | None) -> list[str]:
+    """Overrides for ``key=value`` pairs of the cluster.
+
+    With ``torchx``, those that are no keys of its own are options of the scheduler.
+    """
+    from llmops.config.overrides import assign
+    from llmops.config.schema import TorchxCluster
+
+    found = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key):
+            raise UserError(f"-o {pair}: give it as KEY=VALUE, as -o scheduler=aws_batch")
+        if backend != "torchx" or key.partition(".")[0] in TorchxCluster.__struct_fields__:
+            found.append(f"cluster.{pair}")
+        else:
+            found.append(assign(f"cluster.options.{key}", value))
+    return found
 
 
 def check_backend(backend: str | None) -> None:

@@ -102,6 +102,15 @@ SHOWN = {
         "nothing was submitted of 2 trials",
     ],
     "ssh.md": ["finished", "latest", "is no host", "ssh://login.example.org/scratch/me/runs", "exit code 2"],
+    "torchx.md": [
+        "State: SUCCEEDED",
+        "hello from 1 of 2, app 2",
+        "llmops_local://torchx/2",
+        "AWS_BATCH_JOB_NODE_INDEX",
+        "] node 1",
+        "did you mean log_dir?",
+        "exit code 2",
+    ],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }
 

@@ -13,7 +13,15 @@ from llmops.runs.model import Run
 def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
     """Arguments of ``submit`` and, but for what needs a job, of ``render``."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides: recipe=tiny train.lr=1e-4 …")
-    parser.add_argument("--backend", metavar="B", help="local, slurm or k8s (the same as cluster=B)")
+    parser.add_argument("--backend", metavar="B", help="local, slurm, k8s or torchx (the same as cluster=B)")
+    parser.add_argument(
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="cluster.K=V; with --backend torchx also an option of its scheduler",
+    )
     parser.add_argument("--name", metavar="N", help="the run's name")
     parser.add_argument("--config-dir", metavar="DIR", type=Path, help="a folder with config groups of your own")
     if rendering:
@@ -28,7 +36,7 @@ def configure(parser: argparse.ArgumentParser, rendering: bool = False) -> None:
 def prepare(arguments: argparse.Namespace) -> Prepared:
     """Everything up to, but without, writing and submitting."""
     return api.prepare(
-        arguments.overrides,
+        [*arguments.overrides, *api.cluster_options(arguments.option, arguments.backend)],
         backend=arguments.backend,
         name=arguments.name,
         command=arguments.command,

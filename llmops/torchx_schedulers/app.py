@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
-import torchx
 import yaml
 from torchx.specs import AppDef, BindMount, Resource, RetryPolicy, Role, VolumeMount, macros
+from torchx.version import TORCHX_IMAGE
 
 from llmops import launch
 from llmops.config.compose import load_config
@@ -72,12 +72,14 @@ def prepare(backend: str, app: AppDef, cfg: Mapping[str, Any]) -> launch.Prepare
 def _only_role(app: AppDef) -> Role:
     if len(app.roles) != 1:
         names = ", ".join(role.name for role in app.roles)
-        raise UserError(f"{app.name} has {len(app.roles)} roles ({names}): a run has one; submit each as an app of its own")
+        raise UserError(
+            f"{app.name} has {len(app.roles)} roles ({names}): a run has one; submit each as an app of its own"
+        )
     role = app.roles[0]
     if role.min_replicas is not None and role.min_replicas != role.num_replicas:
         raise UserError(
-            f"role {role.name}: min_replicas={role.min_replicas} of {role.num_replicas} asks for a job of changing size, "
-            "which a run has not; give one number of nodes, as -j 2x1"
+            f"role {role.name}: min_replicas={role.min_replicas} of {role.num_replicas} asks for a job of changing "
+            "size, which a run has not; give one number of nodes, as -j 2x1"
         )
     if role.max_retries and role.num_replicas > 1 and role.retry_policy != RetryPolicy.APPLICATION:
         raise UserError(
@@ -117,10 +119,10 @@ def _from_role(backend: str, role: Role, cfg: Mapping[str, Any]) -> Iterator[str
         yield assign("cluster.image", role.image)
         if _INSTANCE_TYPE in resource.capabilities:
             yield assign(f"cluster.node_selector.{_INSTANCE_TYPE}", str(resource.capabilities[_INSTANCE_TYPE]))
-    if backend != "k8s" and role.image not in ("", torchx.IMAGE):
+    if backend != "k8s" and role.image not in ("", TORCHX_IMAGE):
         raise UserError(
-            f"role {role.name}: image={role.image}: {backend} runs in the nodes' own environment; leave it out, or name "
-            "a container in a cluster configuration of your own (-cfg config_dir=DIR,cluster=NAME)"
+            f"role {role.name}: image={role.image}: {backend} runs in the nodes' own environment; leave it out, or "
+            "name a container in a cluster configuration of your own (-cfg config_dir=DIR,cluster=NAME)"
         )
     if role.mounts:
         yield f"cluster.mounts=[{','.join(_mount(backend, mount) for mount in role.mounts)}]"

@@ -48,7 +48,11 @@ class LlmopsScheduler(Scheduler[Mapping[str, Any]]):
         opts.add("runs_url", type_=str, help="folder or URL of all runs (default: LLMOPS_RUNS_URL)")
         opts.add("cluster", type_=str, help=f"a configuration of the cluster (default: {self.target})")
         opts.add("config_dir", type_=str, help="a folder with configurations of your own")
-        opts.add("set", type_=AS_TORCHX[dict[str, str]], help="any key of the configuration, as code.enabled:false;stop.hang_s:60")
+        opts.add(
+            "set",
+            type_=AS_TORCHX[dict[str, str]],
+            help="any key of the configuration, as code.enabled:false;stop.hang_s:60",
+        )
         for name, kind in options(self.target):
             opts.add(name, type_=AS_TORCHX.get(kind, kind), help=f"cluster.{name}")
         return opts

@@ -30,6 +30,7 @@ SECTIONS = {
     "cluster/local": schema.LocalCluster,
     "cluster/slurm": schema.SlurmCluster,
     "cluster/k8s": schema.K8sCluster,
+    "cluster/torchx": schema.TorchxCluster,
     **{f"model/{name}": schema.ModelConfig for name in MODELS},
 }
 

@@ -8,6 +8,7 @@ needed, since it takes longer than the rest of the launcher.
 from __future__ import annotations
 
 import socket
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class TorchxBackend:
     own_image = False  # as the cluster that was checked last has it
 
     def check(self, cluster: TorchxCluster, run_url: str) -> None:
-        """The scheduler, its options and the app, without asking it."""
-        from llmops.backends.torchx import schedulers
+        """The scheduler, its options, and all else that can be seen without asking it."""
+        from llmops.backends.torchx import app, schedulers
 
         name = str(cluster.scheduler)
         schedulers.check_name(name)
@@ -40,9 +41,10 @@ class TorchxBackend:
         if cluster.image is None and name not in schedulers.WITHOUT_IMAGE:
             raise UserError(f"cluster.image is not set: {name} runs jobs in an image; add -o image=...")
         if cluster.image is not None and name in schedulers.WITHOUT_IMAGE:
-            raise UserError(f"cluster.image={cluster.image}: {name} runs jobs in this machine's environment; leave it out")
-        with schedulers.connected(name) as scheduler:
-            schedulers.options(scheduler, name, cluster.options)
+            raise UserError(
+                f"cluster.image={cluster.image}: {name} runs jobs in this machine's environment; leave it out"
+            )
+        _request(cluster, app.describe(cluster, "llmops", run_url, ["true"]), run_url)
 
     def options(self, cluster: TorchxCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """What the app is called: all that is needed to ask about it; and what its supervisors must know."""
@@ -59,23 +61,14 @@ class TorchxBackend:
 
     def render(self, cluster: TorchxCluster, spec: JobSpec, agent: Path | None) -> str:
         """The app, and as a comment the request that TorchX makes of it."""
-        from llmops.backends.torchx import app, schedulers
+        from llmops.backends.torchx import app
 
-        name = str(cluster.scheduler)
-        given = dict(cluster.options)
-        if name in IN_PROCESS and "log_dir" not in given:
-            given["log_dir"] = str(_log_folder(spec))
-        request = {"scheduler": name, "options": given, "app": app.describe(cluster, spec, agent)}
-        built = app.app_def(request["app"])  # type: ignore[arg-type]
-        with schedulers.connected(name) as scheduler:
-            values = schedulers.options(scheduler, name, given)
-            try:
-                shown = repr(scheduler.submit_dryrun(built, values))
-            except Exception as error:  # whatever the scheduler's library raises for what it cannot express
-                raise UserError(f"TorchX's {name} refuses the app: {schedulers.one_line(error)}") from error
+        plain = app.describe(cluster, spec.options["name"], spec.run_url, app.command(spec, agent))
+        request, shown = _request(cluster, plain, str(_log_folder(spec)))
         text: str = yaml.safe_dump(request, sort_keys=False, allow_unicode=True, width=120)
         comment = "".join(f"#   {line}\n" for line in shown.rstrip().splitlines())
-        return f"# {spec.run_id}, submission {spec.submission}: the app, as it is handed to TorchX\n{text}" + (
+        return (
+            f"# {spec.run_id}, submission {spec.submission}: the app, as it is handed to TorchX\n{text}"
             f"# The request that TorchX makes of it, but for the random end of its name:\n{comment}"
         )
 
@@ -87,7 +80,9 @@ class TorchxBackend:
         name, job_id = str(request["scheduler"]), str(spec.options["job_id"])
         if name in IN_PROCESS:
             try:
-                processes.start(spec.options["name"], request, _log_folder(spec) / "torchx.log", list(submission.hidden_env))
+                processes.start(
+                    spec.options["name"], request, _log_folder(spec) / "torchx.log", list(submission.hidden_env)
+                )
             except OSError as error:
                 raise Rejected(f"its keeper cannot be started: {error.strerror}") from error
             return job_id
@@ -124,7 +119,9 @@ class TorchxBackend:
                 views[job_id] = JobView(job_id, "unreachable", f"it runs on {host}; ask there")
             else:
                 there = bool(processes.alive(name))
-                views[job_id] = JobView(job_id, "running") if there else JobView(job_id, "gone", "its processes are gone")
+                views[job_id] = (
+                    JobView(job_id, "running") if there else JobView(job_id, "gone", "its processes are gone")
+                )
         for scheduler, jobs in asked.items():
             try:
                 there_ = schedulers.apps(scheduler)
@@ -168,6 +165,24 @@ class TorchxBackend:
                 except Exception as error:
                     what = "the cancellation is recorded, so the run will not start again"
                     raise ClusterError(f"TorchX's {scheduler}: {schedulers.one_line(error)}; {what}") from error
+
+
+def _request(cluster: TorchxCluster, plain: dict[str, Any], log_folder: str) -> tuple[dict[str, Any], str]:
+    """All that is handed to TorchX, and the request that it makes of it. Raises :class:`UserError` when it refuses."""
+    from llmops.backends.torchx import app, schedulers
+
+    name, given = str(cluster.scheduler), dict(cluster.options)
+    if name in IN_PROCESS:  # else TorchX makes a folder each time
+        given.setdefault("log_dir", log_folder)
+    built = app.app_def(plain)
+    with schedulers.connected(name) as scheduler, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what TorchX would like to know, too
+        values = schedulers.options(scheduler, name, given)
+        try:
+            shown = repr(scheduler.submit_dryrun(built, values))
+        except Exception as error:  # whatever the scheduler's library raises for what it cannot express
+            raise UserError(f"TorchX's {name} refuses the app: {schedulers.one_line(error)}") from error
+    return {"scheduler": name, "options": given, "app": plain}, shown
 
 
 def _parse(job_id: str) -> tuple[str, str, str]:

@@ -5,8 +5,9 @@ The app is kept as plain data, so that what was rendered is what is submitted.
 
 from __future__ import annotations
 
+import copy
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +20,34 @@ if TYPE_CHECKING:
     from torchx.specs import AppDef
 
 ROLE = "nodes"
+UNSAID = -1  # as TorchX has it
 # TorchX fills these in: a replica's number, and the name of the variable that holds the host of replica 0.
 _REPLICA, _MAIN = "${replica_id}", "$${${rank0_env}:-}"
 
 
-def describe(cluster: TorchxCluster, spec: JobSpec, agent: Path | None) -> dict[str, Any]:
-    """The app as plain data. ``agent``: the supervisor's file; where the run store is no folder, it is llmops itself."""
+def command(spec: JobSpec, agent: Path | None) -> list[str]:
+    """The supervisor. ``agent``: its file; where the run store is no folder, it is llmops itself."""
     program = [str(agent)] if agent else ["-m", "llmops.agent"]
-    words = [spec.python, *program, "torchx", "--run", spec.run_url, "--submission", str(spec.submission)]
-    command = " ".join(shlex.quote(word).replace("$", "$$") for word in words)
+    return [spec.python, *program, "torchx", "--run", spec.run_url, "--submission", str(spec.submission)]
+
+
+def describe(cluster: TorchxCluster, name: str, run_url: str, words: Sequence[str]) -> dict[str, Any]:
+    """The app called ``name`` as plain data; ``words``: what each replica runs, its own number aside."""
+    line = " ".join(shlex.quote(word).replace("$", "$$") for word in words)
     mounts = list(cluster.mounts)
-    if cluster.image is not None and not is_url(spec.run_url):
-        runs = Path(spec.run_url).parent
+    if cluster.image is not None and not is_url(run_url):
+        runs = Path(run_url).parent
         mounts.append(f"type=bind,src={runs},dst={runs}")
     return {
-        "name": spec.options["name"],
+        "name": name,
         "role": {
             "name": ROLE,
             "image": cluster.image or "",
-            "num_replicas": spec.nodes,
+            "num_replicas": cluster.nodes,
             "max_retries": cluster.max_retries,
             "entrypoint": "/bin/sh",
             # A shell, since some schedulers give a replica its number as a variable.
-            "args": ["-c", f'exec {command} --node {_REPLICA} --main "{_MAIN}"'],
+            "args": ["-c", f'exec {line} --node {_REPLICA} --main "{_MAIN}"'],
             "env": {"PYTHONUNBUFFERED": "1"},
             "mounts": mounts,
         },
@@ -53,9 +59,9 @@ def _resource(cluster: TorchxCluster) -> dict[str, Any]:
     if cluster.resource is not None:
         return {"h": cluster.resource}
     return {
-        "cpu": cluster.cpus_per_node or cluster.ranks_per_node,
+        "cpu": cluster.cpus_per_node or UNSAID,
         "gpu": cluster.gpus_per_node or 0,
-        "memMB": cluster.memory_mb or 1024 * cluster.ranks_per_node,
+        "memMB": cluster.memory_mb or UNSAID,
     }
 
 
@@ -63,13 +69,17 @@ def app_def(plain: Mapping[str, Any]) -> AppDef:
     """The app that :func:`describe` describes. Raises :class:`UserError` for a mount or resource that there is not."""
     from torchx.specs import AppDef, Role, parse_mounts, resource
 
-    role = dict(plain["role"])
+    role = copy.deepcopy(dict(plain["role"]))  # TorchX adds to what it is given
     try:
         mounts = parse_mounts([part for mount in role.pop("mounts") for part in mount.split(",")])
     except (ValueError, KeyError) as error:
-        raise UserError(f"cluster.mounts: {' '.join(str(error).split())}; write one as type=bind,src=/a,dst=/b") from error
+        raise UserError(
+            f"cluster.mounts: {' '.join(str(error).split())}; write one as type=bind,src=/a,dst=/b"
+        ) from error
     try:
         needs = resource(**plain["resource"])
     except KeyError as error:
-        raise UserError(f"cluster.resource={plain['resource'].get('h')}: TorchX has no resource of this name") from error
+        raise UserError(
+            f"cluster.resource={plain['resource'].get('h')}: TorchX has no resource of this name"
+        ) from error
     return AppDef(name=plain["name"], roles=[Role(**role, mounts=mounts, resource=needs)])

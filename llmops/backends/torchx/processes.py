@@ -72,7 +72,7 @@ def main() -> int:
             signal.signal(number, lambda number, _: told.append(number))
         values = options(scheduler, request["scheduler"], request["options"])
         app_id = scheduler.schedule(scheduler.submit_dryrun(app_def(request["app"]), values))
-        while (found := scheduler.describe(app_id)) is not None and not found.state in _over():
+        while (found := scheduler.describe(app_id)) is not None and found.state not in _over():
             if told:
                 scheduler.cancel(app_id)  # TERM, and KILL after a while, to every replica
                 return 1

@@ -83,6 +83,10 @@ def options(scheduler: Scheduler[Any], name: str, given: Mapping[str, str]) -> d
             close = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
             raise UserError(f"cluster.options.{key}={text}: {name} has no such option; {hint}")
+        if key == "copy_env":
+            raise UserError(
+                "cluster.options.copy_env: values of this environment are not written into a run; use env.NAME=..."
+            )
         try:
             values[key] = _typed(text, option.opt_type)
         except ValueError as error:
