@@ -11,15 +11,18 @@ from llmops.agent.pod import Place
 from llmops.agent.rundir import RunDir
 from llmops.agent.signals import STOP_SIGNALS, SignalPipe
 
+LOOPBACK = "127.0.0.1"
 ELSEWHERE = "192.0.2.1"  # of no machine: only the route to it matters, and nothing is sent
 
 
-def address(node: int, nodes: int, main: str) -> str:
-    """What the other replicas can reach this one by. ``main``: the host of replica 0, where the scheduler tells it."""
-    if nodes == 1:
-        return "127.0.0.1"
-    if main:
-        return own_address(main) if node else socket.gethostbyname(main)
+def address(main: str) -> str:
+    """What other machines can reach this one by, if it is replica 0.
+
+    ``main``: the host of replica 0, where the scheduler tells it; some tell itself only that it is ``localhost``.
+    """
+    found = socket.gethostbyname(main) if main else LOOPBACK
+    if not found.startswith("127."):
+        return found
     try:
         return own_address(ELSEWHERE)
     except OSError:  # there is no route to anywhere else
@@ -33,6 +36,8 @@ def main(rundir: RunDir, submission: int, node: int, host: str) -> int:
     spec = rundir.get(f"job/{submission:04d}/spec.json")
     if spec is None:
         raise FileNotFoundError(f"{rundir.path(f'job/{submission:04d}')}/spec.json is not there")
-    name = socket.gethostname()
-    place = Place(node, address(node, spec["nodes"], host), f"{spec['options']['name']}-{node}", name)
+    # Only the address of replica 0 counts: the others look it up in the run directory.
+    alone = node > 0 or spec["nodes"] == 1 or spec["options"]["one_machine"]
+    own = LOOPBACK if alone else address(host)
+    place = Place(node, own, f"{spec['options']['name']}-{node}", socket.gethostname())
     return supervise(rundir, submission, place, signals)

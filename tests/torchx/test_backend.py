@@ -81,6 +81,8 @@ def test_a_replica_that_is_lost_is_no_success(launcher):
         (("-o", "scheduler=slurm"), "use --backend slurm"),
         (("-o", "scheduler=llmops_k8s"), "use --backend k8s"),
         (("-o", "scheduler=lsf"), "no name"),
+        (("-o", "scheduler=aws_sagemaker"), "does not list apps"),
+        (("-o", "scheduler=gcp_batch", "-o", "image=x", "-o", "nodes=2"), "cluster.nodes=2: gcp_batch"),
         ((), "cluster.scheduler is not set"),
         (("-o", "scheduler=local_cwd", "-o", "log_dri=/x"), "local_cwd has no such option; did you mean log_dir?"),
         (("-o", "scheduler=local_cwd", "-o", "prepend_cwd=maybe"), "expected true or false"),

@@ -1,8 +1,8 @@
 """Schedulers of TorchX that llmops has no backend for: AWS Batch, Docker on this machine, and others.
 
-A job is known by its app's name, which is chosen before the app is made: ``<scheduler>/[<host>/]<name>``. Whether it is
-there is asked with one list of apps for each scheduler, whatever the number of jobs. TorchX is imported when it is
-needed, since it takes longer than the rest of the launcher.
+A job is known by its app's name, which is chosen before the app is made: ``<scheduler>/[<place>/]<name>``, where the
+place is a host or a queue. Whether jobs are there is asked with one list of apps for each scheduler, whatever their
+number. TorchX is imported when it is needed, since it takes longer than the rest of the launcher.
 """
 
 from __future__ import annotations
@@ -38,23 +38,26 @@ class TorchxBackend:
         name = str(cluster.scheduler)
         schedulers.check_name(name)
         self.own_image = cluster.image is not None
-        if cluster.image is None and name not in schedulers.WITHOUT_IMAGE:
+        if cluster.image is None and name not in IN_PROCESS:
             raise UserError(f"cluster.image is not set: {name} runs jobs in an image; add -o image=...")
-        if cluster.image is not None and name in schedulers.WITHOUT_IMAGE:
+        if cluster.image is not None and name in IN_PROCESS:
             raise UserError(
                 f"cluster.image={cluster.image}: {name} runs jobs in this machine's environment; leave it out"
             )
+        if cluster.nodes > 1 and name == "gcp_batch":
+            raise UserError(f"cluster.nodes={cluster.nodes}: {name} tells every replica that it is the first; set 1")
         _request(cluster, app.describe(cluster, "llmops", run_url, ["true"]), run_url)
 
     def options(self, cluster: TorchxCluster, spec_values: Mapping[str, Any]) -> dict[str, Any]:
         """What the app is called: all that is needed to ask about it; and what its supervisors must know."""
         tag, run_id = str(spec_values["tag"]), str(spec_values["run_id"])
-        name = f"llmops-{run_id[-4:]}-{tag[-8:]}"
-        host = f"{socket.gethostname()}/" if cluster.scheduler in IN_PROCESS else ""
+        name, scheduler = f"llmops-{run_id[-4:]}-{tag[-8:]}", str(cluster.scheduler)
+        place = socket.gethostname() if scheduler in IN_PROCESS else cluster.options.get("queue", "")
         return {
-            "job_id": f"{cluster.scheduler}/{host}{name}",
+            "job_id": "/".join(part for part in (scheduler, place, name) if part),
             "name": name,
             "workload": "torchx",
+            "one_machine": scheduler in IN_PROCESS,
             "grace_s": cluster.grace_s,
             "wait_s": cluster.wait_s,
         }
@@ -77,60 +80,43 @@ class TorchxBackend:
         from llmops.backends.torchx import app, processes, schedulers
 
         request, spec = yaml.safe_load(submission.text), submission.spec
-        name, job_id = str(request["scheduler"]), str(spec.options["job_id"])
-        if name in IN_PROCESS:
+        scheduler, name, job_id = str(request["scheduler"]), spec.options["name"], str(spec.options["job_id"])
+        if scheduler in IN_PROCESS:
             try:
-                processes.start(
-                    spec.options["name"], request, _log_folder(spec) / "torchx.log", list(submission.hidden_env)
-                )
+                processes.start(name, request, _log_folder(spec) / "torchx.log", submission.hidden_env)
             except OSError as error:
                 raise Rejected(f"its keeper cannot be started: {error.strerror}") from error
             return job_id
         try:
-            there = schedulers.apps(name)
+            there = schedulers.apps(scheduler)
         except ClusterError as error:  # nothing was sent
             raise Rejected(str(error)) from error
-        if spec.options["name"] in there:
+        if name in there:
             return job_id
         try:
-            with schedulers.connected(name) as scheduler:
-                values = schedulers.options(scheduler, name, request["options"])
-                scheduler.schedule(scheduler.submit_dryrun(app.app_def(request["app"]), values))
-        except Exception as error:
+            with schedulers.connected(scheduler) as connected, schedulers.sent_once():
+                values = schedulers.options(connected, scheduler, request["options"])
+                connected.schedule(connected.submit_dryrun(app.app_def(request["app"]), values))
+        except Exception as error:  # whatever the scheduler's library raises
             try:
-                there = schedulers.apps(name)
+                there = schedulers.apps(scheduler)
             except ClusterError:
                 raise Ambiguous(schedulers.one_line(error)) from error
-            if spec.options["name"] not in there:
+            if name not in there:
                 raise Rejected(schedulers.one_line(error)) from error
         return job_id
 
     def look(self, job_ids: Sequence[str], tags: Sequence[str] = ()) -> Look:
         """One list of apps for each scheduler. Tags are not looked for: a job's id is known before it is made."""
-        from llmops.backends.torchx import processes, schedulers
-
         views: dict[str, JobView] = {}
-        asked: dict[str, list[tuple[str, str]]] = {}
+        asked: dict[str, list[str]] = {}
         for job_id in dict.fromkeys(job_ids):
-            scheduler, host, name = _parse(job_id)
-            if scheduler not in IN_PROCESS:
-                asked.setdefault(scheduler, []).append((job_id, name))
-            elif host != socket.gethostname():
-                views[job_id] = JobView(job_id, "unreachable", f"it runs on {host}; ask there")
-            else:
-                there = bool(processes.alive(name))
-                views[job_id] = (
-                    JobView(job_id, "running") if there else JobView(job_id, "gone", "its processes are gone")
-                )
-        for scheduler, jobs in asked.items():
+            asked.setdefault(_parse(job_id)[0], []).append(job_id)
+        for scheduler, ids in asked.items():
             try:
-                there_ = schedulers.apps(scheduler)
+                views |= _processes(ids) if scheduler in IN_PROCESS else _apps(scheduler, ids)
             except (ClusterError, UserError) as error:
-                views |= {job_id: JobView(job_id, "unreachable", str(error)) for job_id, _ in jobs}
-                continue
-            for job_id, name in jobs:
-                state = there_[name][1] if name in there_ else "gone"
-                views[job_id] = JobView(job_id, state, "" if name in there_ else f"{scheduler} knows no such app")
+                views |= {job_id: JobView(job_id, "unreachable", str(error)) for job_id in ids}
         return Look(views, {})
 
     def find(self, tag: str) -> str | None:
@@ -150,21 +136,46 @@ class TorchxBackend:
         from llmops.backends.torchx import processes, schedulers
 
         for job_id in [] if graceful else job_ids:
-            scheduler, host, name = _parse(job_id)
+            scheduler, place, name = _parse(job_id)
             if scheduler in IN_PROCESS:
-                if host != socket.gethostname():
-                    raise UserError(f"{job_id} runs on {host}: cancel it there")
+                if place != socket.gethostname():
+                    raise UserError(f"{job_id} runs on {place}: cancel it there")
                 processes.end(name)
                 continue
-            found = schedulers.apps(scheduler).get(name)
-            if found is None:
-                continue
-            with schedulers.connected(scheduler) as connected:
-                try:
-                    connected.cancel(found[0])
-                except Exception as error:
-                    what = "the cancellation is recorded, so the run will not start again"
-                    raise ClusterError(f"TorchX's {scheduler}: {schedulers.one_line(error)}; {what}") from error
+            try:
+                found = schedulers.apps(scheduler).get(name) or schedulers.ask(scheduler, place, name)
+                if found is not None:
+                    schedulers.cancel(scheduler, found[0])
+            except ClusterError as error:
+                what = "the cancellation is recorded, so the run will not start again"
+                raise ClusterError(f"{error}; {what}") from error
+
+
+def _processes(job_ids: Sequence[str]) -> dict[str, JobView]:
+    from llmops.backends.torchx import processes
+
+    views = {}
+    for job_id in job_ids:
+        _, host, name = _parse(job_id)
+        if host != socket.gethostname():
+            views[job_id] = JobView(job_id, "unreachable", f"it runs on {host}; ask there")
+        elif processes.alive(name):
+            views[job_id] = JobView(job_id, "running")
+        else:
+            views[job_id] = JobView(job_id, "gone", "its processes are gone")
+    return views
+
+
+def _apps(scheduler: str, job_ids: Sequence[str]) -> dict[str, JobView]:
+    from llmops.backends.torchx import schedulers
+
+    views, listed = {}, schedulers.apps(scheduler)
+    for job_id in job_ids:
+        _, place, name = _parse(job_id)
+        found = listed.get(name) or schedulers.ask(scheduler, place, name)
+        gone = JobView(job_id, "gone", f"{scheduler} knows no such app")
+        views[job_id] = JobView(job_id, found[1]) if found else gone
+    return views
 
 
 def _request(cluster: TorchxCluster, plain: dict[str, Any], log_folder: str) -> tuple[dict[str, Any], str]:
@@ -186,9 +197,9 @@ def _request(cluster: TorchxCluster, plain: dict[str, Any], log_folder: str) -> 
 
 
 def _parse(job_id: str) -> tuple[str, str, str]:
-    """Scheduler, host (empty where it does not matter) and app's name."""
-    scheduler, *host, name = job_id.split("/")
-    return scheduler, "/".join(host), name
+    """Scheduler, place (empty where it does not matter) and app's name."""
+    scheduler, *place, name = job_id.split("/")
+    return scheduler, "/".join(place), name
 
 
 def _log_folder(spec: JobSpec) -> Path:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ MARK = "LLMOPS_TORCHX_APP"
 POLL_S = 0.5
 
 
-def start(name: str, request: Mapping[str, Any], log_file: Path, hidden_env: list[str]) -> None:
+def start(name: str, request: Mapping[str, Any], log_file: Path, hidden_env: Sequence[str]) -> None:
     """Start the keeper of the app ``name``. Raises OSError when it cannot be."""
     env = {key: value for key, value in os.environ.items() if key not in hidden_env}
     log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_origin
@@ -15,14 +16,19 @@ if TYPE_CHECKING:
     from torchx.schedulers.api import Scheduler
 
 SESSION = "llmops"
+_ATTEMPTS = "AWS_MAX_ATTEMPTS"
 OURS = {"slurm": "slurm", "kubernetes": "k8s", "local": "local"}  # what `--backend` runs itself, and better
-NAMELESS = ("lsf", "ray")  # whose ids of apps do not hold a name by which an app could be found
-WITHOUT_IMAGE = ("local_cwd",)
+# What cannot be a backend, and why.
+UNFIT = {
+    "lsf": "its apps have no name by which one could be found again",
+    "ray": "its apps have no name by which one could be found again",
+    "aws_sagemaker": "it starts Python scripts in a way of its own, and does not list apps",
+}
 
 
 def names() -> list[str]:
     """Schedulers that jobs can be handed to. Raises :class:`UserError` where TorchX is not installed."""
-    return [name for name in _factories() if _backend_of(name) is None and name not in NAMELESS]
+    return [name for name in _factories() if _backend_of(name) is None and name not in UNFIT]
 
 
 def _factories() -> dict[str, Any]:
@@ -45,8 +51,8 @@ def check_name(name: str) -> None:
     own = _backend_of(name)
     if own is not None:
         raise UserError(f"cluster.scheduler={name}: llmops has a backend for it; use --backend {own}")
-    if name in NAMELESS:
-        raise UserError(f"cluster.scheduler={name}: it gives apps no name by which one could be found again")
+    if name in UNFIT:
+        raise UserError(f"cluster.scheduler={name}: {UNFIT[name]}; choose one of {', '.join(names())}")
     known = names()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
@@ -127,6 +133,44 @@ def apps(name: str) -> dict[str, tuple[str, JobState]]:
         except Exception as error:  # as above
             raise ClusterError(f"TorchX's {name} does not answer: {one_line(error)}") from error
     return {_name(app.app_id): (app.app_id, _state(app.state.name)) for app in listed}
+
+
+def ask(name: str, place: str, app: str) -> tuple[str, JobState] | None:
+    """One app that :func:`apps` does not have; None when there is none.
+
+    AWS Batch lists the newest hundred jobs of a queue alone, but finds any by the beginning of its name. ``place``: its
+    queue.
+    """
+    if name != "aws_batch":
+        return None
+    app_id = f"{place}:{app}-*"
+    with connected(name) as scheduler:
+        try:
+            found = scheduler.describe(app_id)
+        except Exception as error:  # as above
+            raise ClusterError(f"TorchX's {name} does not answer: {one_line(error)}") from error
+    return None if found is None else (app_id, _state(found.state.name))
+
+
+def cancel(name: str, app_id: str) -> None:
+    """Tell a scheduler to end an app. Raises :class:`ClusterError` when it does not."""
+    with connected(name) as scheduler:
+        try:
+            scheduler.cancel(app_id)
+        except Exception as error:  # as above
+            raise ClusterError(f"TorchX's {name} did not cancel {app_id}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def sent_once() -> Iterator[None]:
+    """Without the retries of AWS' client: a job whose answer was lost would be there twice."""
+    before = os.environ.get(_ATTEMPTS)
+    os.environ[_ATTEMPTS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_ATTEMPTS)
+        os.environ.update({} if before is None else {_ATTEMPTS: before})
 
 
 def _name(app_id: str) -> str:
