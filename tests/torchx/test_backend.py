@@ -146,3 +146,11 @@ def test_apps_are_known_by_their_names():
     assert schedulers._name("gpu-queue:llmops-k3x7-1a2b3c4d-qwerty") == "llmops-k3x7-1a2b3c4d"
     assert schedulers._name("llmops-k3x7-1a2b3c4d-qwerty") == "llmops-k3x7-1a2b3c4d"
     assert schedulers._name("project:europe:llmops-k3x7-1a2b3c4d-q") == "llmops-k3x7-1a2b3c4d"
+
+
+def test_a_run_store_that_is_no_folder(s3_url, tmp_path):
+    own = {"XDG_STATE_HOME": str(tmp_path / "state"), "XDG_DATA_HOME": str(tmp_path / "data"), "WORD": "hello"}
+    remote = Launcher(s3_url, "torchx", **own)
+    run_id = remote.submit(*LOCAL, "-o", "nodes=2", "secrets=[WORD]", command=("sh", "-c", "echo $RANK ${#WORD}"))
+    assert remote.wait(run_id, "finished")["attempts"][0]["reason"] == "finished"
+    assert sorted(remote.ok("logs", run_id).split("\n")[:2]) == ["[0/0] 0 5", "[0/1] 1 5"]
