@@ -330,7 +330,7 @@ def test_the_zipapp_is_the_same_every_time_and_starts_without_llmops(tmp_path):
     # -I: no site-packages of the user, no PYTHONPATH; -S: none at all.
     done = subprocess.run([sys.executable, "-I", "-S", str(path), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "local,slurm,k8s,pool,node" in done.stdout
+    assert "local,slurm,k8s,torchx,pool,node" in done.stdout
 
 
 def test_a_peer_that_was_lost_while_it_was_written_to_is_seen() -> None:
