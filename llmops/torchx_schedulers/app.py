@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import yaml
@@ -41,14 +41,13 @@ def options(backend: str) -> Iterator[tuple[str, Any]]:
         if kind in (bool, list[str], dict[str, str]):
             yield field.name, kind
             continue
-        names = {getattr(each, "__origin__", each) for each in (kind, *get_args(kind))}
-        plain = next((each for each in (str, int) if each in names), None)
-        if plain is not None and not _nested(kind):
-            yield field.name, plain
-
-
-def _nested(kind: Any) -> bool:
-    return any(getattr(each, "__origin__", None) in (list, dict) for each in (kind, *get_args(kind)))
+        parts = {getattr(each, "__origin__", each) for each in (kind, *get_args(kind))}
+        if parts & {list, dict}:
+            continue
+        if parts & {str, Literal}:
+            yield field.name, str
+        elif int in parts:
+            yield field.name, int
 
 
 def prepare(backend: str, app: AppDef, cfg: Mapping[str, Any]) -> launch.Prepared:

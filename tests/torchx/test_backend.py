@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmops.agent.torchx import address
 from llmops.backends.torchx import processes, schedulers
 from llmops.cli.main import main
 from tests.launcher.harness import Launcher
@@ -154,3 +156,9 @@ def test_a_run_store_that_is_no_folder(s3_url, tmp_path):
     run_id = remote.submit(*LOCAL, "-o", "nodes=2", "secrets=[WORD]", command=("sh", "-c", "echo $RANK ${#WORD}"))
     assert remote.wait(run_id, "finished")["attempts"][0]["reason"] == "finished"
     assert sorted(remote.ok("logs", run_id).split("\n")[:2]) == ["[0/0] 0 5", "[0/1] 1 5"]
+
+
+def test_replica_0_says_where_others_reach_it():
+    assert address("10.1.2.3") == "10.1.2.3"
+    ipaddress.ip_address(address(""))
+    ipaddress.ip_address(address("localhost"))  # as MCAD calls replica 0 to itself

@@ -82,23 +82,35 @@ def test_a_failure_is_shown_and_not_tried_again(torchx):
     assert "broken" in status
 
 
+def test_what_cannot_run_is_refused_in_one_line(torchx, tmp_path):
+    (torchx.folder / "two.py").write_text(TWO_ROLES)
+    for component, said in (
+        ("dist.nope", "Component `dist.nope` not found"),
+        ("two.py:two", "two has 2 roles (a, b): a run has one"),
+    ):
+        done = torchx.call("run", "-s", "llmops_local", component)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("component", "said"),
     [
-        (("dist.nope",), "Component `dist.nope` not found"),
-        (("two.py:two",), "two has 2 roles (a, b): a run has one"),
         (("dist.ddp", "-j", "1:2x1", "--script", "x.py"), "min_replicas=1 of 2"),
         (("dist.ddp", "-j", "2x1", "--script", "x.py"), "cluster.nodes=2"),
         (("dist.ddp", "--script", "x.py", "--mounts", "type=bind,src=/a,dst=/b"), "BindMount of /b"),
         (("utils.echo", "--image", "alpine"), "image=alpine"),
+        (("dist.ddp", "--script", "x.py", "--env", "RANK=3"), "env: RANK is set by llmops itself"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_line(torchx, tmp_path, component, said):
-    (torchx.folder / "two.py").write_text(TWO_ROLES)
-    done = torchx.call("run", "-s", "llmops_local", *component)
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_a_run_has_no_place_for(tmp_path, component, said):
+    name, *arguments = component
+    with get_runner() as runner, pytest.raises(ComponentValidationException) as caught:
+        runner.dryrun_component(name, arguments, "llmops_local", {"runs_url": str(tmp_path / "runs")})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 
@@ -120,6 +132,14 @@ def test_a_role_becomes_pods():
         ("/out", None, "claim", False),
     ]
     assert (cluster.queue, cluster.labels) == ("team", {"a/b": "c"})
+
+
+def test_ddp_as_pods(torchx):
+    where = ("-s", "llmops_k8s", "-cfg", "workload=jobset,namespace=lab,runs_url=s3://bucket/runs")
+    shown = torchx.ok("run", "--dryrun", *where, "dist.ddp", "-j", "2x1", "--script", "x.py", "--image", "lab/train:1")
+    manifest = shown.partition("=== SCHEDULER REQUEST ===")[2]
+    assert "kind: JobSet" in manifest
+    assert "parallelism: 2" in manifest
 
 
 def test_retries_are_those_of_the_role():
