@@ -150,9 +150,14 @@ def _program(role: Role, run_id: str) -> Iterator[str]:
     filled = macros.Values(img_root=".", app_id=run_id, replica_id=here, rank0_env="MASTER_ADDR").apply(role)
     command, env = [filled.entrypoint, *filled.args], {ROLE_NAME: role.name, **filled.env}
     late = {name: text for name, text in env.items() if here in text}
-    if late or any(here in word for word in command):
-        words = [f"export {name}={_shell(text, here)};" for name, text in late.items()]
-        command = ["/bin/sh", "-c", " ".join([*words, "exec", *(_shell(word, here) for word in command)])]
+    deaf = _is_torchrun(command)
+    if deaf:
+        env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    if deaf or late or any(here in word for word in command):
+        words = ["trap '' TERM USR1 USR2;"] if deaf else []
+        words += [f"export {name}={_shell(text, here)};" for name, text in late.items()]
+        line = " ".join([*words, "exec", *(_shell(word, here) for word in command)])
+        command = ["/bin/sh", "-c", line, *(["torchrun"] if deaf else [])]  # the shell's $0, by which it is known
     yield assign("command", command)
     threads = env.get("OMP_NUM_THREADS", "")
     if re.fullmatch(r"[1-9]\d{0,5}", threads):  # it has a key of its own
@@ -160,7 +165,19 @@ def _program(role: Role, run_id: str) -> Iterator[str]:
         del env["OMP_NUM_THREADS"]
     yield from (assign(f"env.{name}", text) for name, text in env.items() if name not in late)
     # As TorchX does: what is in the current folder is what the program finds around it.
-    yield assign("code.root", str(Path.cwd()))
+    if any(Path.cwd().iterdir()):
+        yield assign("code.root", str(Path.cwd()))
+
+
+def _is_torchrun(command: Sequence[str]) -> bool:
+    """Whether it is torchrun, as ``dist.ddp`` starts it.
+
+    Some clusters signal all processes of a job. A torchrun that hears that kills its workers before they have saved: so
+    it starts deaf, and the workers look at the control directory.
+    """
+    program, *rest = command
+    in_shell = Path(program).name in ("bash", "sh") and rest[:1] == ["-c"]
+    return Path(program).name == "torchrun" or (in_shell and rest[1:2] != [] and rest[1].split()[:1] == ["torchrun"])
 
 
 def _shell(word: str, here: str) -> str:

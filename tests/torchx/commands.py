@@ -10,12 +10,13 @@ from pathlib import Path
 from tests.launcher.harness import TREE
 
 # Counts steps into a file for each rank, stops when the supervisor says so, and goes on from the file: a program that
-# takes part in a few lines.
+# takes part in a few lines. Its number is its node's: torchrun gives ranks of its own, in another order each time.
 COUNTER = """
 import json, os, sys, time
 from pathlib import Path
 
-state, steps = Path(sys.argv[1], os.environ["RANK"]), int(sys.argv[2])
+node, steps = os.environ["NODE_RANK"], int(sys.argv[2])
+state = Path(sys.argv[1], node)
 control = Path(os.environ["LLMOPS_CONTROL_DIR"])
 step = first = int(state.read_text()) if state.exists() else 0
 print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} starts at {step} in {os.environ['WHERE']}", flush=True)
@@ -23,10 +24,10 @@ while step < steps:
     time.sleep(0.1)
     step += 1
     beat = {"step": step, "first_step": first + 1, "phase": "train", "time": time.time()}
-    (control / f"heartbeat.{os.environ['RANK']}").write_text(json.dumps(beat))
+    (control / f"heartbeat.{node}").write_text(json.dumps(beat))
     if (control / "stop").exists():
         state.write_text(str(step))
-        (control / f"stopped.{os.environ['RANK']}").write_text(json.dumps({"step": step}))
+        (control / f"stopped.{node}").write_text(json.dumps({"step": step}))
         sys.exit(75)
 print(f"rank {os.environ['RANK']} done at {step}", flush=True)
 """
@@ -39,6 +40,8 @@ class Torchx:
         path = f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         self.folder = folder
         self.env = {**os.environ, "LLMOPS_RUNS_URL": str(runs), "PYTHONPATH": path, "LOGLEVEL": "WARNING"}
+        # As in an activated environment: dist.ddp calls torchrun by its name.
+        self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""

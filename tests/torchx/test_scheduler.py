@@ -166,6 +166,17 @@ def test_macros_are_filled_in_whatever_the_program_is():
     assert plain.config.command == ["python", "t.py"]
 
 
+def test_torchrun_is_deaf_to_signals_for_the_whole_job():
+    found = prepared(role(entrypoint="bash", args=["-c", "torchrun --nnodes 2 t.py"])).config
+    assert found.command == [
+        "/bin/sh",
+        "-c",
+        "trap '' TERM USR1 USR2; exec bash -c 'torchrun --nnodes 2 t.py'",
+        "torchrun",
+    ]
+    assert found.env["PET_SIGNALS_TO_HANDLE"] == "SIGINT,SIGHUP,SIGQUIT"
+
+
 def test_devices_have_no_place():
     efa = specs.Resource(cpu=1, gpu=0, memMB=100, devices={"vpc.amazonaws.com/efa": 1})
     with pytest.raises(Exception, match=r"devices \(vpc.amazonaws.com/efa\)"):
