@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 
 from llmops.errors import ClusterError, UserError
 from llmops.job import JobState
+from llmops.suggest import hint
 
 if TYPE_CHECKING:
     from torchx.schedulers.api import Scheduler
@@ -55,9 +55,8 @@ def check_name(name: str) -> None:
         raise UserError(f"cluster.scheduler={name}: {UNFIT[name]}; choose one of {', '.join(names())}")
     known = names()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"cluster.scheduler={name}: TorchX has no such scheduler; {hint}it has {', '.join(known)}")
+        what = f"TorchX has no such scheduler; choose one of {', '.join(known)}{hint(name, known)}"
+        raise UserError(f"cluster.scheduler={name}: {what}")
 
 
 @contextlib.contextmanager
@@ -86,9 +85,8 @@ def options(scheduler: Scheduler[Any], name: str, given: Mapping[str, str]) -> d
     for key, text in given.items():
         option = known.get(key)
         if option is None:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
-            raise UserError(f"cluster.options.{key}={text}: {name} has no such option; {hint}")
+            guess = hint(key, known) or f"; it has {', '.join(known) or 'none'}"
+            raise UserError(f"cluster.options.{key}={text}: {name} has no such option{guess}")
         if key == "copy_env":
             raise UserError(
                 "cluster.options.copy_env: values of this environment are not written into a run; use env.NAME=..."
