@@ -33,10 +33,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm.eval", description="Score the checkpoints of a run.")
-    parser.add_argument("--config", metavar="FILE", help="YAML with run, step, follow, eval and dist; flags win over it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML with run, step, follow, eval and dist; flags win over it"
+    )
     parser.add_argument("--run-url", metavar="URL", help="run directory: a path or an fsspec URL")
     parser.add_argument("--step", help="a step, newest (the default), or every: all that have no score yet")
-    parser.add_argument("--follow", action="store_true", default=None, help="with --step every: until the training ends")
+    parser.add_argument(
+        "--follow", action="store_true", default=None, help="with --step every: until the training ends"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of lm-evaluation-harness, or humaneval")
     parser.add_argument("--task-dir", metavar="DIR", help="folder with task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="the first so many examples of each task")
@@ -52,7 +56,9 @@ def configure(options: argparse.Namespace) -> EvaluationConfig:
     """The file with the flags in it. Raises ConfigError."""
     base = read(options.config, EvaluationConfig) if options.config else EvaluationConfig()
     own = {name: getattr(options, name) for name in FLAGS if getattr(options, name) is not None}
-    step = options.step if options.step in (None, "newest", "every") or not options.step.isdecimal() else int(options.step)
+    step = (
+        options.step if options.step in (None, "newest", "every") or not options.step.isdecimal() else int(options.step)
+    )
     top = {"run": options.run_url, "step": step, "follow": options.follow}
     try:
         data = msgspec.to_builtins(base)

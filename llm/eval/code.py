@@ -77,7 +77,9 @@ def score(model: HarnessModel, asked: Sequence[Problem], config: EvalConfig) -> 
         for number in range(config.code_samples)
     ]
     completions = model.generate_until(requests)
-    ran = run_all([asked[at // config.code_samples].program(each) for at, each in enumerate(completions)], model, config)
+    ran = run_all(
+        [asked[at // config.code_samples].program(each) for at, each in enumerate(completions)], model, config
+    )
     size = config.code_samples
     right = [sum(each.passed for each in ran[at * size : (at + 1) * size]) for at in range(len(asked))]
     values: dict[str, float] = {}

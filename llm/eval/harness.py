@@ -85,6 +85,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     # --- what the harness asks for ------------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The harness's own, which cuts texts into tokens, without its progress bar."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -93,8 +98,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for (_, answer), context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise ConfigError(
-                    f"an answer has {len(continuation)} tokens and the model takes {self.max_length}: {answer[:40]!r}…; "
-                    "leave this task out"
+                    f"an answer has {len(continuation)} tokens and the model takes {self.max_length}: "
+                    f"{answer[:40]!r}…; leave this task out"
                 )
             inputs = [*context, *continuation][-(self.max_length + 1) : -1]
             jobs.append(Scoring(tuple(inputs), continuation))
@@ -144,7 +149,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         asked.pop("temperature", None)
         own = {name: asked.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in asked}
         if asked:
-            raise ConfigError(f"generation_kwargs of a task have {sorted(asked)}, which there is not: leave this task out")
+            raise ConfigError(
+                f"generation_kwargs of a task have {sorted(asked)}, which there is not: leave this task out"
+            )
         seed = self.config.seed + int(key[:8], 16)
         return Sampling(max_tokens=tokens, temperature=heat, stop=tuple(stop), seed=seed, **own), stop
 
@@ -231,7 +238,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             self._told = time.monotonic()
             print(f"  {done} of {count} batches of {what}", flush=True)
 
-    # --- answers that are there already ----------------------------------------------------------------------------------
+    # --- answers that are there already -----------------------------------------------------------------------------
 
     def begin(self, journal: Journal) -> None:
         """A task begins; ``journal`` has what was answered of it before."""

@@ -1,4 +1,4 @@
-"""Answers of a model that are not scored yet, kept in the run directory so that a stopped evaluation goes on from them."""
+"""Answers of a model that are not scored yet, kept in the run directory: a stopped evaluation goes on from them."""
 
 from __future__ import annotations
 

@@ -95,7 +95,9 @@ def _spread(config: TrainingConfig, run_url: str, commit: Commit, dist: DistConf
         ("vocab_size", shape.vocab_size),
     ):
         if value % dist.tp:
-            raise ConfigError(f"dist.tp={dist.tp} does not divide the run's model.{name}={value}: choose another degree")
+            raise ConfigError(
+                f"dist.tp={dist.tp} does not divide the run's model.{name}={value}: choose another degree"
+            )
     train = msgspec.structs.replace(config.train, compile=False, activation_checkpointing="none", float8="off")
     passes = Passes(msgspec.structs.replace(config, dist=dist, train=train), layout)
     storage = open_storage(run_url)

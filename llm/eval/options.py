@@ -14,7 +14,7 @@ def check(config: Any, world_size: int) -> None:
         raise ConfigError(f"follow=true and step={config.step}: a training is followed with step=every")
     dist = config.dist
     if dist.pp > 1 or dist.cp > 1:
-        raise ConfigError(f"dist.pp={dist.pp}, dist.cp={dist.cp}: an evaluation spreads a model by dp_shard and tp alone")
+        raise ConfigError(f"dist.pp={dist.pp}, dist.cp={dist.cp}: evaluations spread a model by dp_shard and tp alone")
     data_parallel(dist, world_size)
 
 
@@ -24,12 +24,12 @@ def check_tasks(config: EvalConfig) -> None:
         raise ConfigError(f"eval.tasks=[{','.join(config.tasks)}]: name one task or more, and each only once")
     if "humaneval" in config.tasks and not config.run_code:
         raise ConfigError(
-            "eval.tasks: humaneval runs programs that the model writes; set eval.run_code=true where that may happen, or "
-            "leave it out"
+            "eval.tasks: humaneval runs programs that the model writes; set eval.run_code=true where that may happen, "
+            "or leave it out"
         )
     if config.code_samples > 1 and config.code_temperature == 0:
         raise ConfigError(
-            f"eval.code_samples={config.code_samples} of eval.code_temperature=0 would all be the same: raise the second"
+            f"eval.code_samples={config.code_samples} of eval.code_temperature=0 are all the same: raise the second"
         )
     if not config.pass_at or max(config.pass_at) > config.code_samples:
         raise ConfigError(

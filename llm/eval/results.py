@@ -1,4 +1,4 @@
-"""Scores of checkpoints: ``evals/<step>.<attempt>-<generation>.<task>.<digest>.json`` in the run directory. Free of torch.
+"""Scores of checkpoints: ``evals/<step>.<attempt>-<generation>.<task>.<digest>.json`` of a run. Free of torch.
 
 One listing says what there is. The digest is of all that decides a score: the commit, the task's files, the settings;
 so the same evaluation is found again and made once, and another one gets a name of its own.

@@ -108,7 +108,9 @@ class Evaluator:
 
     def _place(self, commit: Commit, name: str) -> Place:
         return results.place(
-            commit, name, {"settings": self._settings(name), "files": self._files(name), "versions": _deciding_versions()}
+            commit,
+            name,
+            {"settings": self._settings(name), "files": self._files(name), "versions": _deciding_versions()},
         )
 
     def _settings(self, name: str) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def find(config: EvalConfig) -> dict[str, Suite]:
             continue
         if name not in manager.task_index:
             close = get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(manager.all_tasks[:20])}"
+            hint = (
+                f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(manager.all_tasks[:20])}"
+            )
             more = "" if config.hub else " (eval.hub=true adds the harness's own)"
             raise ConfigError(f"eval.tasks: there is no task {name}{hint}{more}")
         try:

@@ -1,4 +1,4 @@
-"""Which commits of a run are to be evaluated, now and while its training goes on. Nothing that waits is removed meanwhile.
+"""Which commits of a run are to be evaluated, now and while its training goes on. None is removed while it waits.
 
 That a training is over is read from what its supervisor has written: the end of its newest attempt, or of a submission
 that never began.
@@ -91,7 +91,9 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(POLL_S)  # one that a store holds up dies with the process
