@@ -81,10 +81,26 @@ def check_backend(backend: str | None) -> None:
 
 
 def submit(prepared: launch.Prepared, objects: Mapping[str, bytes] | None = None) -> Run:
-    """Submit a prepared run and return it as it stands in the run store. ``objects``: more that its job needs."""
+    """Submit a prepared run and return it as it stands in the run store. ``objects``: more that its job needs.
+
+    With ``eval.every=commit`` also the run that evaluates its commits, ``NAME-eval``; raises :class:`UserError` where
+    that one is refused though the training was not.
+    """
     from llmops import launch
 
-    return records.load_run(launch.start(prepared, objects))
+    if not launch.trains(prepared.config) or prepared.config.eval.every == "never":
+        return records.load_run(launch.start(prepared, objects))
+    from llmops import evaluation
+
+    companion = evaluation.companion(prepared.config, prepared.name)
+    run = records.load_run(launch.start(prepared))
+    assert companion is not None
+    try:
+        launch.start(launch.prepare(evaluation.follow(companion, run), prepared.runs.url))
+    except (UserError, ClusterError) as error:
+        again = f"llmops submit task=eval run={run.id} step=every follow=true"
+        raise type(error)(f"{run.id} is submitted, but nothing evaluates it: {error}; `{again}` tries again") from error
+    return run
 
 
 def find(ref: str | None, runs_url: str | None = None) -> Run:

@@ -56,6 +56,8 @@ def show(submitted: Run, arguments: argparse.Namespace) -> int:
         print(f"submitted {submitted.id} ({submitted.backend} job {submitted.job_id})")
         print(f"  in      {submitted.url}")
         print(f"  follow  llmops logs -f {submitted.id}", flush=True)
+        if prepared.config.eval.every == "commit":
+            print(f"  scores  llmops status {submitted.id}; they are made by {prepared.name}-eval", flush=True)
     if arguments.follow:
         from llmops.cli.logs import follow
 
