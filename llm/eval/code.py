@@ -94,7 +94,7 @@ def score(model: HarnessModel, asked: Sequence[Problem], config: EvalConfig) -> 
     samples: list[dict[str, Any]] = [
         {
             "task": "humaneval", "problem": asked[at // size].name, "completion": completion,
-            "passed": each.passed, "why": each.why, "network_cut": each.network_cut,
+            "passed": each.passed, "why": each.why,
         }
         for at, (completion, each) in enumerate(zip(completions, ran, strict=True))
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 """Running a program that a model has written: in a process of its own, with little to take and little to break.
 
-Limits of CPU time, address space, file size, open files and processes (none of its own); an empty folder as its working
-directory; no environment; no network and no look at other processes' memory or environment where the kernel has user
-namespaces for us; another user where this one is root; killed with all that it started when its time is over. It is no
-virtual machine: it can read the files that anybody on the machine can read. Linux alone.
+Limits of CPU time, address space, file size, open files, and processes of its own; no environment; killed with all that
+it started when its time is over. Where the kernel has user namespaces for us, also: no network, every file system
+read-only but for an empty working directory in memory, other processes out of reach. A program of root's becomes nobody,
+if nobody can read this Python. It is no virtual machine: what anybody on the machine can read, it can. Linux alone.
 """
 
 from __future__ import annotations
@@ -26,40 +26,82 @@ OPEN_FILES = 64
 TOLD = 300  # characters of an error
 CLOCK = 2.0  # seconds on the clock for each second of CPU time: other programs run too
 
-# What the process does before it becomes the program's: the limits are set from inside, so that nothing has to run
-# between fork and exec of a process with threads. CLONE_NEWUSER | CLONE_NEWNET; PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG.
+# What the process does before it becomes the program's: from inside, so that nothing has to run between fork and exec of
+# a process with threads. unshare(CLONE_NEWUSER | NEWNS | NEWNET | NEWPID), mount_setattr(MOUNT_ATTR_RDONLY), capset(none).
 BOOT = r"""
 import ctypes, json, os, resource, sys
 libc = ctypes.CDLL(None, use_errno=True)
 job = json.loads(sys.stdin.buffer.read())
-cut = False
-if os.geteuid() == 0:
-    cut = libc.unshare(0x40000000) == 0
+
+def nobody():
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-cut = libc.unshare(0x10000000 | 0x40000000) == 0 or cut
-libc.prctl(38, 1, 0, 0, 0)
-libc.prctl(1, 9, 0, 0, 0)
+
+def wait(pid):
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+def readable():
+    pid = os.fork()
+    if not pid:
+        try:
+            nobody()
+            open(os.__file__, "rb").close()
+            import _decimal, math, random
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+def isolate(folder):
+    uid, gid = os.geteuid(), os.getegid()
+    if libc.unshare(0x10000000 | 0x00020000 | 0x40000000 | 0x20000000):
+        return False
+    for name, text in ("setgroups", "deny"), ("uid_map", f"65534 {uid} 1"), ("gid_map", f"65534 {gid} 1"):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    read_only = (ctypes.c_uint64 * 4)(1)
+    done = libc.mount(b"none", b"/", None, ctypes.c_ulong(0x44000), None) == 0
+    done = done and libc.syscall(442, -100, b"/", 0x8000, ctypes.byref(read_only), 32) == 0
+    done = done and libc.mount(b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(6), b"size=64m") == 0
+    os.chdir(folder)
+    return libc.capset((ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()) == 0 and done
+
+if os.geteuid() == 0 and readable():
+    nobody()
+libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+libc.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
+isolated = isolate(os.getcwd())
+if isolated:
+    pid = os.fork()  # the first process of the namespace: all others in it end with it
+    if pid:
+        wait(pid)
+    libc.prctl(1, 9, 0, 0, 0)
 for kind, most in (
     (resource.RLIMIT_CPU, job["seconds"]), (resource.RLIMIT_AS, job["memory"]), (resource.RLIMIT_FSIZE, job["output"]),
     (resource.RLIMIT_NOFILE, job["files"]), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0),
 ):
     resource.setrlimit(kind, (most, most))
+
 def run(program, done, write=os.write, flush=sys.stdout.flush):
     exec(compile(program, "program", "exec"), {"__name__": "__main__"})
     flush()
     write(1, done)
-run(job["program"], (job["token"] + ("cut" if cut else "open")).encode())
+
+run(job["program"], (job["token"] + ("isolated" if isolated else "")).encode())
 """
 
 
 class Ran(NamedTuple):
-    """What became of a program: whether it came to its end, why not in a line, and whether it had no network."""
+    """What became of a program: whether it came to its end, why not in a line, and whether namespaces kept it apart."""
 
     passed: bool
     why: str
-    network_cut: bool
+    isolated: bool
 
 
 def run(program: str, seconds: float, memory_mb: int) -> Ran:
@@ -90,11 +132,11 @@ def run(program: str, seconds: float, memory_mb: int) -> Ran:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        written = output.read(OUTPUT + len(token) + 8).decode(errors="replace")
-    text, found, network = written.rpartition(token)
+        written = output.read(OUTPUT + len(token) + 16).decode(errors="replace")
+    text, found, isolated = written.rpartition(token)
     if found and process.returncode == 0 and not late:
-        return Ran(True, "", network == "cut")
-    return Ran(False, _why(process.returncode, late, text if found else written), network == "cut")
+        return Ran(True, "", isolated == "isolated")
+    return Ran(False, _why(process.returncode, late, text if found else written), False)
 
 
 def _why(code: int, late: bool, text: str) -> str:
@@ -107,10 +149,10 @@ def _why(code: int, late: bool, text: str) -> str:
 
 
 def check() -> bool:
-    """Can programs be run here, and is the network cut off? Raises ConfigError where they cannot be run at all."""
+    """Can programs be run here, and do namespaces keep them apart? Raises ConfigError where they cannot be run at all."""
     if not sys.platform.startswith("linux"):
         raise ConfigError("eval.run_code=true: programs are run under limits that only Linux has")
     found = run("import math", 10.0, 1024)
     if not found.passed:
         raise ConfigError(f"eval.run_code=true: no program can be run in the sandbox here: {found.why}")
-    return found.network_cut
+    return found.isolated
