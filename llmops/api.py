@@ -87,13 +87,14 @@ def submit(prepared: launch.Prepared, objects: Mapping[str, bytes] | None = None
     that one is refused though the training was not.
     """
     from llmops import launch
+    from llmops.config.schema import trains
 
-    if not launch.trains(prepared.config) or prepared.config.eval.every == "never":
+    if not trains(prepared.config) or prepared.config.eval.every == "never":
         return records.load_run(launch.start(prepared, objects))
     from llmops import evaluation
 
     companion = evaluation.companion(prepared.config, prepared.name)
-    run = records.load_run(launch.start(prepared))
+    run = records.load_run(launch.start(prepared, objects))
     assert companion is not None
     try:
         launch.start(launch.prepare(evaluation.follow(companion, run), prepared.runs.url))

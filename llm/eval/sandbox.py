@@ -140,7 +140,7 @@ def run(program: str, seconds: float, memory_mb: int) -> Ran:
 
 
 def _why(code: int, late: bool, text: str) -> str:
-    if late or code == -signal.SIGXCPU:
+    if late or code in (-signal.SIGXCPU, -signal.SIGKILL):  # of itself it cannot be killed: CPU time is used up
         return "timed out"
     lines = [line for line in text.splitlines() if line.strip()]
     if code < 0:
