@@ -31,8 +31,9 @@ from llm.utils.storage import open_storage
 class Model:
     """All ranks make one and call it together; those that share a model's parts with the same rows.
 
-    It computes in the type that the run trained in. One rank alone holds the whole model in that type; several hold
-    their shards in float32, as in training. Raises CheckpointError, and ConfigError for a layout that cannot be.
+    It computes in the type that the run trained in, in which one rank holds the whole model, or ``dist.tp`` = all ranks
+    their parts of its matrices. Any other layout, and adapters, are spread as in training, in float32. Raises
+    CheckpointError, and ConfigError for a layout that cannot be.
     """
 
     def __init__(self, config: TrainingConfig, run_url: str, commit: Commit, dist: DistConfig, layout: Layout) -> None:
@@ -42,11 +43,11 @@ class Model:
         self.limit = config.model.max_seq_len // dist.tp * dist.tp  # positions of a row
         self.vocabulary = config.model.vocab_size
         self.passes: Passes | None = None
-        if layout.world.grouped:
+        if layout.world.grouped and (dist.tp < layout.world.size or config.lora.rank):
             self.passes = _spread(config, run_url, commit, dist, layout)
             self.model = self.passes.parts[0]
         else:
-            self.model, _ = load_model(config, run_url, self.device, dtype, commit)
+            self.model, _ = load_model(config, run_url, self.device, dtype, commit, layout.world)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -76,11 +77,10 @@ class Model:
         return [each.tokens for each in done]
 
     def _rows(self) -> Rows:
-        """With keys and values kept, unless heads are split over ranks."""
-        if self.layout.tp > 1:
-            assert self.passes is not None
+        """With keys and values kept, unless matrices and shards are both spread."""
+        if self.layout.tp > 1 and self.passes is not None:
             return RecomputedRows(self.passes.logits, self.limit, self.device)
-        rows = CachedRows(self.model)
+        rows = CachedRows(self.model, parts=self.layout.tp)
         rows.dtype = self.dtype  # what blocks compute in; the shards of several ranks are float32
         return rows
 

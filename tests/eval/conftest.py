@@ -39,14 +39,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its newest weights as transformers reads them, with the tokenizer beside."""
+    """Its newest weights, with the tokenizer, as transformers reads them."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
     assert convert(["export", str(trained), str(folder), "--format", "hf"]) == 0
-    (tokenizer,) = (trained / "tokenizer").iterdir()
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}'
-    )
     return folder
 
 
