@@ -2,8 +2,8 @@
 
 Limits of CPU time, address space, file size, open files, and processes of its own; no environment; killed with all that
 it started when its time is over. Where the kernel has user namespaces for us, also: no network, every file system
-read-only but for an empty working directory in memory, other processes out of reach. A program of root's becomes nobody,
-if nobody can read this Python. It is no virtual machine: what anybody on the machine can read, it can. Linux alone.
+read-only but for an empty working directory in memory, other processes out of reach. A program of root's becomes
+nobody's, if nobody can read this Python. It is no virtual machine: what its user can read, it can. Linux alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ OPEN_FILES = 64
 TOLD = 300  # characters of an error
 CLOCK = 2.0  # seconds on the clock for each second of CPU time: other programs run too
 
-# What the process does before it becomes the program's: from inside, so that nothing has to run between fork and exec of
-# a process with threads. unshare(CLONE_NEWUSER | NEWNS | NEWNET | NEWPID), mount_setattr(MOUNT_ATTR_RDONLY), capset(none).
+# What the process does before it becomes the program's: from inside, so that nothing has to run between fork and exec
+# of a process with threads. unshare(CLONE_NEWUSER | NEWNS | NEWNET | NEWPID), mount_setattr(MOUNT_ATTR_RDONLY), and
+# capset() to none.
 BOOT = r"""
 import ctypes, json, os, resource, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -149,7 +150,7 @@ def _why(code: int, late: bool, text: str) -> str:
 
 
 def check() -> bool:
-    """Can programs be run here, and do namespaces keep them apart? Raises ConfigError where they cannot be run at all."""
+    """Can programs be run here, and do namespaces keep them apart? Raises ConfigError where they cannot be run."""
     if not sys.platform.startswith("linux"):
         raise ConfigError("eval.run_code=true: programs are run under limits that only Linux has")
     found = run("import math", 10.0, 1024)

@@ -215,9 +215,9 @@ class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scores of checkpoints in tasks (:mod:`llm.eval`).
 
     ``tasks`` are names of the harness (tasks, groups, tags), found beside ``llm.eval``, in ``task_dir`` and, with
-    ``hub``, among its own, or ``humaneval``. ``every`` = ``commit`` submits a run beside the training's that scores each
-    of its commits, on ``ranks`` ranks of one node. ``limit`` counts a task's examples. ``stride``: tokens of a long text
-    that are scored at a time, with as many before them as fit; null = the harness's own way. ``code_*`` and
+    ``hub``, among its own, or ``humaneval``. ``every`` = ``commit`` submits a run beside the training's that scores
+    each of its commits, on ``ranks`` ranks of one node. ``limit`` counts a task's examples. ``stride``: tokens of a
+    long text that are scored at a time, with as many before them as fit; null = the harness's own way. ``code_*`` and
     ``pass_at`` are for programs that the model writes, which are run with ``run_code`` alone.
     """
 
