@@ -102,10 +102,27 @@ def check_backend(backend: str | None) -> None:
 
 
 def submit(prepared: launch.Prepared, objects: Mapping[str, bytes] | None = None) -> Run:
-    """Submit a prepared run and return it as it stands in the run store. ``objects``: more that its job needs."""
-    from llmops import launch
+    """Submit a prepared run and return it as it stands in the run store. ``objects``: more that its job needs.
 
-    return records.load_run(launch.start(prepared, objects))
+    With ``eval.every=commit`` also the run that evaluates its commits, ``NAME-eval``; raises :class:`UserError` where
+    that one is refused though the training was not.
+    """
+    from llmops import launch
+    from llmops.config.schema import trains
+
+    if not trains(prepared.config) or prepared.config.eval.every == "never":
+        return records.load_run(launch.start(prepared, objects))
+    from llmops import evaluation
+
+    companion = evaluation.companion(prepared.config, prepared.name)
+    run = records.load_run(launch.start(prepared, objects))
+    assert companion is not None
+    try:
+        launch.start(launch.prepare(evaluation.follow(companion, run), prepared.runs.url))
+    except (UserError, ClusterError) as error:
+        again = f"llmops submit task=eval run={run.id} step=every follow=true"
+        raise type(error)(f"{run.id} is submitted, but nothing evaluates it: {error}; `{again}` tries again") from error
+    return run
 
 
 def find(ref: str | None, runs_url: str | None = None) -> Run:

@@ -79,8 +79,13 @@ def prepare(composed: Composed, runs_url: str | None, again: bool = False) -> Pr
             check_sources(config)
         except ConfigError as error:
             raise UserError(str(error)) from error
-    name = check_name(config.name or _default_name(config))
     runs, login = place(config, runs_url, again)
+    if config.task == "eval":
+        from llmops.evaluation import resolve
+
+        composed = resolve(composed, runs)
+        config = composed.config
+    name = check_name(config.name or _default_name(config))
     backend = backends.load(f"{backend_of(config)}@{login}" if login else backend_of(config))
     backend.check(config.cluster, f"{runs.job_url}/run")
     for secret in () if backend.own_image else config.secrets:  # there the cluster has their values
@@ -166,7 +171,7 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     """What the supervisor will run."""
     config = prepared.config
     python = interpreter(prepared, origin.python)
-    program = "llm.train" if config.task == "train" else f"llm.tools.{config.task}"
+    program = f"llm.{config.task}" if config.task in ("train", "eval") else f"llm.tools.{config.task}"
     built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {
         "runs_url": prepared.runs.job_url,

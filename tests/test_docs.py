@@ -77,6 +77,7 @@ SHOWN = {
         "generation_config.json",
         "README.md",
     ],
+    "evaluation.md": ["judged-eval", "token_perplexity", "step=11", "exit code 2", "princes acc"],
     "saving.md": ["finished", "latest", "step_"],
     "comfort.md": [
         "-F _llmops llmops",

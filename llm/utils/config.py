@@ -6,7 +6,7 @@ Every struct rejects unknown keys and wrong types; rules that span several keys 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -211,13 +211,41 @@ class PrepareConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class EvalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Held-out loss during training (0 = only at the end) and the lines generated at the end."""
+    """Held-out loss during training (0 = only at the end) and the lines generated at the end; from ``every`` on, the
+    scores of checkpoints in tasks (:mod:`llm.eval`).
+
+    ``tasks`` are names of the harness (tasks, groups, tags), found beside ``llm.eval``, in ``task_dir`` and, with
+    ``hub``, among its own, or ``humaneval``. ``every`` = ``commit`` submits a run beside the training's that scores
+    each of its commits, on ``ranks`` ranks of one node. ``limit`` counts a task's examples. ``stride``: tokens of a
+    long text that are scored at a time, with as many before them as fit; null = the harness's own way. ``code_*`` and
+    ``pass_at`` are for programs that the model writes, which are run with ``run_code`` alone.
+    """
 
     every_steps: NonNegativeInt = 0
     batches: NonNegativeInt = 8
     sample_prompts: list[str] = []
     sample_tokens: NonNegativeInt = 120
     temperature: NonNegativeFloat = 0.8
+    every: Literal["never", "commit"] = "never"
+    ranks: PositiveInt = 1
+    wait_hours: PositiveFloat = 24.0
+    tasks: list[str] = msgspec.field(default_factory=lambda: ["local_choice", "local_passages", "local_echo"])
+    task_dir: str | None = None
+    hub: bool = False
+    limit: PositiveInt | None = None
+    num_fewshot: NonNegativeInt | None = None
+    batch_size: PositiveInt = 16
+    max_gen_tokens: PositiveInt = 256
+    stride: PositiveInt | None = None
+    add_bos: bool = False
+    seed: NonNegativeInt = 1234
+    log_samples: bool = False
+    run_code: bool = False
+    code_samples: PositiveInt = 1
+    code_temperature: NonNegativeFloat = 0.0
+    pass_at: list[PositiveInt] = msgspec.field(default_factory=lambda: [1])
+    code_seconds: PositiveFloat = 10.0
+    code_memory_mb: PositiveInt = 1024
 
 
 class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -296,6 +324,20 @@ class TrainingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     lora: LoraConfig = LORA_OFF
 
 
+class EvaluationConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """What ``python -m llm.eval`` reads: which commits of which run (a path or URL) are scored, and how.
+
+    ``step`` is one step, ``newest``, or ``every`` one that has no score yet; with ``follow`` also those that a training
+    which goes on will commit. ``dist`` spreads the model over the ranks. Other keys in the same file are left alone.
+    """
+
+    run: str | None = None
+    step: PositiveInt | Literal["newest", "every"] = "newest"
+    follow: bool = False
+    eval: EvalConfig = msgspec.field(default_factory=lambda: EvalConfig())
+    dist: DistConfig = msgspec.field(default_factory=lambda: DistConfig())
+
+
 def target_shapes(model: ModelConfig) -> dict[Target, tuple[int, int]]:
     """(out, in) of each matrix of a block."""
     size = head_size(model)
@@ -307,11 +349,19 @@ def target_shapes(model: ModelConfig) -> dict[Target, tuple[int, int]]:
     }  # fmt: skip
 
 
+T = TypeVar("T", bound=Struct)
+
+
 def load(source: str) -> TrainingConfig:
     """Read the YAML at ``source``, a path or an fsspec URL. The launcher's top-level keys are skipped.
 
     Raises :class:`ConfigError`.
     """
+    return read(source, TrainingConfig)
+
+
+def read(source: str, kind: type[T]) -> T:
+    """The YAML at ``source``, a path or an fsspec URL, as ``kind``. Raises :class:`ConfigError`."""
     import yaml
 
     try:
@@ -322,7 +372,7 @@ def load(source: str) -> TrainingConfig:
                 tree = yaml.safe_load(stream)
         else:
             tree = yaml.safe_load(Path(source).read_text())
-        return msgspec.convert(tree, TrainingConfig)
+        return msgspec.convert(tree, kind)
     except OSError as error:
         raise ConfigError(f"{source}: cannot read the config: {error}") from error
     except yaml.YAMLError as error:

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 from llmops.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
     from llmops.monitor.metrics import Look
 
 PORT = 9464
@@ -58,7 +61,25 @@ def look(runs_url: str | None) -> Look:
         if each.get("trials", {}).get("running"):
             running += overview.trials(each["id"], url, overview.Wanted(states=LIVE)).rows
     targets = live_targets(open_store(url), running)
-    return Look(rows, targets, time.monotonic() - began)
+    return Look(_scored(rows), targets, time.monotonic() - began)
+
+
+def _scored(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the newest scores of the trainings that get series of their own."""
+    from llmops.errors import ClusterError
+    from llmops.monitor.metrics import choose
+    from llmops.monitor.scores import newest
+
+    shown = {each["id"] for each in choose(rows, time.time())[0] if each.get("kind") == "llm"}
+    found = []
+    for each in rows:
+        if each["id"] in shown:
+            try:
+                each = {**each, "scores": newest(each["url"])}
+            except (UserError, ClusterError, OSError):  # one run that cannot be read hides no other
+                each = {**each, "scores": []}
+        found.append(each)
+    return found
 
 
 def _once(runs_url: str | None) -> int:

@@ -51,11 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dry_run(prepared), end="")
         return 0
-    return show(api.submit(prepared), arguments)
+    scored = prepared.config.eval.every == "commit"
+    return show(api.submit(prepared), arguments, f"{prepared.name}-eval" if scored else None)
 
 
-def show(submitted: Run, arguments: argparse.Namespace) -> int:
-    """Say what was submitted, and follow it if asked to."""
+def show(submitted: Run, arguments: argparse.Namespace, evaluation: str | None = None) -> int:
+    """Say what was submitted, with the run that evaluates it, and follow it if asked to."""
     if arguments.json:
         import json
 
@@ -64,6 +65,8 @@ def show(submitted: Run, arguments: argparse.Namespace) -> int:
         print(f"submitted {submitted.id} ({submitted.backend} job {submitted.job_id})")
         print(f"  in      {submitted.url}")
         print(f"  follow  llmops logs -f {submitted.id}", flush=True)
+        if evaluation is not None:
+            print(f"  scores  llmops status {submitted.id}; they are made by {evaluation}", flush=True)
     if arguments.follow:
         from llmops.cli.logs import follow
 

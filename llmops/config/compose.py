@@ -12,6 +12,7 @@ import msgspec
 
 import llm.data.prepare.options
 import llm.estimate.hardware
+import llm.eval.options
 import llm.utils.config
 import llmops.ssh.address
 from llmops import __version__
@@ -82,6 +83,7 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
         llm.utils.config,
         llm.data.prepare.options,
         llm.estimate.hardware,
+        llm.eval.options,
         llmops.ssh.address,
         sys.modules[__name__],
     ):

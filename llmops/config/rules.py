@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.data.prepare.options import check as check_preparation
+from llm.eval.options import check as check_evaluation
+from llm.eval.options import check_tasks
 from llm.utils.config import ConfigError
 from llm.utils.config import check as check_training
 from llmops.config import k8s_rules, notify_rules
@@ -107,12 +109,17 @@ def check(config: RunConfig) -> None:
             raise UserError(f"task={config.task} and a command of your own: leave one of them out")
     elif config.task == "prepare_data":
         _check_prepare(config)
+    elif config.task == "eval":
+        _check_evaluation(config)
     else:
         try:
             check_training(config, world_size(config))
         except ConfigError as error:
             raise UserError(str(error)) from error
         _check_float8(config)
+        _check_tasks(config)
+    if config.task != "eval" and (config.run is not None or config.step != "newest" or config.follow):
+        raise UserError("run, step and follow are of use to evaluations alone: add task=eval, or leave them out")
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config, config.cluster)
     elif isinstance(config.cluster, K8sCluster):
@@ -144,6 +151,28 @@ def _check_prepare(config: RunConfig) -> None:
     for key, value in named:
         if "://" not in value and not value.startswith("/"):
             raise UserError(f"prepare.{key}={value}: a job runs in a folder of its own; give an absolute path or a URL")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if not config.run:
+        raise UserError("task=eval needs run=NAME, the run whose checkpoints are evaluated; `llmops status` lists them")
+    try:
+        check_evaluation(config, world_size(config))
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    folder = config.eval.task_dir
+    if folder is not None and not folder.startswith("/"):
+        raise UserError(f"eval.task_dir={folder}: a job runs in a folder of its own; give an absolute path")
+
+
+def _check_tasks(config: RunConfig) -> None:
+    """Of a training: what follows its commits is checked with it, or not at all."""
+    if config.eval.every == "never":
+        return
+    try:
+        check_tasks(config.eval)
+    except ConfigError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_environment(config: RunConfig) -> None:

@@ -290,7 +290,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str | None = None
     runs_url: str | None = None
-    task: Literal["train", "prepare_data"] = "train"
+    task: Literal["train", "prepare_data", "eval"] = "train"
+    run: str | None = None
+    step: PositiveInt | Literal["newest", "every"] = "newest"
+    follow: bool = False
     command: list[str] = []
     secrets: list[str] = []
     env: dict[str, str] = {}

@@ -11,6 +11,7 @@ from llmops.errors import ClusterError, UserError
 from llmops.job import JobView
 from llmops.monitor import goodput
 from llmops.monitor.describe import Described, describe_run, finite
+from llmops.monitor.scores import scores
 from llmops.runs.lineage import merged_metrics, segments
 from llmops.runs.model import Run
 from llmops.runs.streams import decode_line, lines_backwards, parts
@@ -23,7 +24,7 @@ TAIL_BYTES = 1 << 22  # of an attempt's metrics, in which evaluations are looked
 
 
 def detail(run: Run, job: JobView | None, now: float) -> Described:
-    """The described run with its timeline, goodput, curves, evaluations, checkpoints and changes of configuration.
+    """The described run with its timeline, goodput, curves, evaluations, scores, checkpoints and configuration changes.
 
     What cannot be read is named in ``problems``, and empty.
     """
@@ -40,12 +41,14 @@ def detail(run: Run, job: JobView | None, now: float) -> Described:
         "rank_hours": accounted.held_rank_s / 3600,
         "series": {"step": [], "time": [], **{name: [] for name in CURVES}},
         "evals": [],
+        "scores": [],
         "checkpoints": [],
         "config_changes": [],
     }
     for key, read in (
         ("series", series),
         ("evals", evaluations),
+        ("scores", scores),
         ("checkpoints", checkpoints),
         ("config_changes", config_changes),
     ):

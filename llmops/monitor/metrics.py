@@ -65,6 +65,7 @@ def collect(seen: Seen[Look], now: float) -> Iterator[Metric]:
     text = "Runs without series of their own because there are too many."
     yield GaugeMetricFamily("llmops_runs_omitted", text, value=omitted)
     yield from _of_runs(shown, now)
+    yield from _scores(shown)
 
 
 def choose(described: Sequence[Mapping[str, Any]], now: float) -> tuple[list[Mapping[str, Any]], int]:
@@ -152,6 +153,19 @@ def uncommitted_s(run: Mapping[str, Any], now: float) -> float | None:
         return None
     committed = (run.get("last_commit") or {}).get("time") or 0.0
     return float(max(now - max(committed, attempts[-1]["started"]), 0.0))
+
+
+def _scores(shown: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    text = "Newest score of a run's checkpoints in a task."
+    score = GaugeMetricFamily("llmops_run_score", text, labels=["run_id", "task", "metric"])
+    step = GaugeMetricFamily("llmops_run_score_step", "Step of that score.", labels=["run_id", "task", "metric"])
+    for run in shown:
+        for each in run.get("scores", ()):
+            if each["value"] is not None:
+                labels = [run["id"], each["task"], each["metric"]]
+                score.add_metric(labels, each["value"])
+                step.add_metric(labels, each["step"])
+    yield from (score, step)
 
 
 def _of_runs(shown: Sequence[Mapping[str, Any]], now: float) -> Iterator[Metric]:

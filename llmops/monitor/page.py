@@ -13,10 +13,12 @@ from llmops.monitor import printing, spans
 from llmops.monitor.checkpoints import size
 from llmops.monitor.plot import curve_width, loss_curve
 from llmops.monitor.printing import columns
+from llmops.monitor.scores import by_step
 from llmops.monitor.table import COLOURS
 from llmops.monitor.text import clean, clean_lines, count, duration, moment, number, percent
 
 CHECKPOINTS = 3  # that the page names
+SCORES = 24  # rows of them
 CURVE_HEIGHT = 14
 TOLD = 10  # points of a curve that cannot be drawn
 
@@ -35,7 +37,7 @@ def build(run: dict[str, Any], width: int, line: int, now: float, ascii_only: bo
         parts += [Text(), *spans.lines(run["timeline"], line, ascii_only)]
     if run["attempts"]:
         parts += [Text(), _attempts(run, now, narrow=width < 110)]
-    for part in (_checkpoints(run, now), _changes(run), _curve(run, line, ascii_only)):
+    for part in (_checkpoints(run, now), _scores(run, width), _changes(run), _curve(run, line, ascii_only)):
         if part is not None:
             parts += [Text(), part]
     if run["error"]:
@@ -73,6 +75,24 @@ def _checkpoints(run: dict[str, Any], now: float) -> Text | None:
     ]
     more = f"; {len(found) - CHECKPOINTS} more: `llmops ckpt ls`" if len(found) > CHECKPOINTS else ""
     return Text.assemble(("checkpoints ", "bold"), ", ".join(shown) + more)
+
+
+def _scores(run: dict[str, Any], width: int) -> Table | None:
+    """Of the last few steps that have some, each task and metric."""
+    steps, rows = by_step(run["scores"], max(1, min(6, (width - 48) // 12)))
+    if not rows:
+        return None
+    table = columns()
+    table.add_column("TASK", overflow="fold")
+    table.add_column("METRIC", overflow="fold")
+    for step in steps:
+        table.add_column(f"STEP {step:,}", justify="right", no_wrap=True)
+    for (task, metric), values in list(rows.items())[:SCORES]:
+        cells = ["-" if each is None else number(each["value"]) for each in values]
+        table.add_row(*(Text(clean(cell)) for cell in (task, metric, *cells)))
+    if len(rows) > SCORES:
+        table.add_row(Text(f"{len(rows) - SCORES} more"), Text("in evals/ of its folder"))
+    return table
 
 
 def _changes(run: dict[str, Any]) -> Table | None:

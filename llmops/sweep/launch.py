@@ -87,6 +87,8 @@ def prepare(
 def check(config: RunConfig, axes: Sequence[Axis], bases: compose.Bases, trials: int) -> None:
     """Refuse points that no run could be at, and settings of the study that contradict each other."""
     sweep = config.sweep
+    if config.eval.every != "never":
+        raise UserError(f"eval.every={config.eval.every}: trials are not followed; evaluate the best one afterwards")
     if config.task != "train":
         raise UserError(f"task={config.task}: a sweep compares trainings; submit this as a run")
     try:

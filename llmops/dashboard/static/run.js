@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { OVER, badge, facts, note, panel } from "./cells.js";
-import { lineChart, pointsOf } from "./chart.js";
+import { LINES, lineChart, pointsOf } from "./chart.js";
 import { announce, confirmed, fillTable, h, setText } from "./dom.js";
 import { bytes, compact, count, duration, known, literal, moment, number, percent } from "./format.js";
 import { logView } from "./logs.js";
@@ -32,8 +32,9 @@ export function showRun(main, { id, about }) {
   const line = timeline(), log = logView(id);
   const attempts = tablePanel("Attempts", ["Attempt", "State", "Why", "Steps", "Resumed from", "Hosts", "Started", "For"], (index) => [3, 4, 7].includes(index));
   const commits = tablePanel("Checkpoints", ["Step", "Saved", "Size", "Path"], (index) => index === 2);
+  const scored = lineChart("Scores"), scores = tablePanel("Scores by step", ["Task", "Metric", "Step", "Score", "± standard error", "When"], (index) => [2, 3, 4].includes(index));
   const changes = tablePanel("Changes of configuration", ["Key", "Before", "After", "Submission"], (index) => index === 3);
-  const rest = h("div", { class: "stack", hidden: true }, numbers, h("div", { class: "charts four" }, loss.el, speed.el, mfu.el, norm.el), line.el, attempts.el,
+  const rest = h("div", { class: "stack", hidden: true }, numbers, h("div", { class: "charts four" }, loss.el, speed.el, mfu.el, norm.el), line.el, h("div", { class: "charts" }, scored.el, scores.el), attempts.el,
     log.el, h("div", { class: "charts" }, commits.el, changes.el));
   const waiting = h("p", { class: "empty", text: "Reading the run…" });
   const parent = h("a", { class: "back", href: "#/", text: "← Runs" });
@@ -91,6 +92,7 @@ export function showRun(main, { id, about }) {
       chart.el.hidden = !points.some((point) => point[1] !== null);
       chart.update({ lines: [{ id: key, name, style: 0, points }] });
     }
+    drawScores(run.scores ?? []);
     loss.el.hidden = run.kind === "command" && !(series.step ?? []).length;
     line.update(run.timeline ?? [], run.attempts, run.goodput_shares);
     attempts.fill([...run.attempts].reverse().map((each) => [
@@ -107,6 +109,22 @@ export function showRun(main, { id, about }) {
       started = true;
       log.start();
     }
+  }
+
+  /** Scores that are shares, where higher is better, share one scale; the table has all of them, the newest first. */
+  function drawScores(found) {
+    const lines = new Map();
+    for (const each of found) {
+      if (each.higher_is_better !== true || !known(each.value) || each.value > 1) continue;
+      const name = `${each.task} ${each.metric}`;
+      if (!lines.has(name)) lines.set(name, []);
+      lines.get(name).push([each.step, each.value]);
+    }
+    scored.el.hidden = !lines.size;
+    scored.update({ lines: [...lines].map(([name, points], style) => ({ id: name, name, style: style % LINES, points, dots: true })) });
+    scores.fill([...found].reverse().map((each) => [
+      each.task, each.metric, count(each.step), known(each.value) ? number(each.value) : "–", known(each.stderr) ? number(each.stderr) : "–", moment(each.time),
+    ]));
   }
 
   function act(run) {
