@@ -11,7 +11,6 @@ import tempfile
 import time
 from typing import Any
 
-
 _FILE = re.compile(r"(heartbeat|stopped)\.([0-9]{1,9})")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,21 +23,30 @@ ONCE = "--every=100"  # only the stop saves
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
 # What COMMAND of steps.sh is: a line for each number, and the wait for the stop.
 ITEM = """echo "$2" >> "$1/items"
-[ "$LLMOPS_ATTEMPT-$2" = 0-5 ] || exit 0
+[ "$LLMOPS_ATTEMPT-$2" = 0-HELD ] || exit 0
 touch "$1/held.0"
 while [ ! -e "$LLMOPS_CONTROL_DIR/stop" ]; do sleep 0.05; done
-"""
-# Per program: its nodes, the ranks that it tells of, its command line.
+""".replace("HELD", str(HELD))
+
+
+class Program(NamedTuple):
+    """A command line for so many nodes; that many ``ranks`` tell of themselves. FOLDER: where it leaves files."""
+
+    nodes: int
+    ranks: int
+    command: tuple[str, ...]
+
+
+def held(script: str, *arguments: str, before: tuple[str, ...] = (sys.executable,)) -> tuple[str, ...]:
+    return (*before, HOLD, "FOLDER", str(HELD), str(EXAMPLES / script), f"--steps={STEPS}", ONCE, *arguments)
+
+
 PROGRAMS = {
-    "ddp": (2, 2, (sys.executable, HOLD, "FOLDER", "5", "ddp.py", f"--steps={STEPS}", ONCE)),
-    "torchrun": (2, 4, (*TORCHRUN, HOLD, "FOLDER", "5", "ddp.py", f"--steps={STEPS}", ONCE, "--loaders=1")),
-    "hf_trainer": (1, 1, (sys.executable, HOLD, "FOLDER", "5", "hf_trainer.py", f"--steps={STEPS}", ONCE)),
-    "lightning_trainer": (
-        1,
-        1,
-        (sys.executable, HOLD, "FOLDER", "5", "lightning_trainer.py", f"--steps={STEPS}", ONCE),
-    ),
-    "shell": (1, 1, ("sh", "steps.sh", str(STEPS), "sh", "-c", ITEM, "item", "FOLDER")),
+    "ddp": Program(2, 2, held("ddp.py")),
+    "torchrun": Program(2, 4, held("ddp.py", "--loaders=1", before=TORCHRUN)),
+    "hf_trainer": Program(1, 1, held("hf_trainer.py")),
+    "lightning_trainer": Program(1, 1, held("lightning_trainer.py")),
+    "shell": Program(1, 1, ("sh", str(EXAMPLES / "steps.sh"), str(STEPS), "sh", "-c", ITEM, "item", "FOLDER")),
 }
 
 
@@ -47,23 +57,25 @@ def store(slurm: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 
 @pytest.fixture(scope="module")
-def runs(store: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The run of each program, which has ended: all were preempted after the same step."""
+def runs(store: Launcher) -> dict[str, str]:
+    """The run of each program: all were preempted after the same step."""
     found = {}
-    for name, (nodes, _, command) in PROGRAMS.items():
-        folder = tmp_path_factory.mktemp(name)
-        words = [str(folder) if word == "FOLDER" else word for word in command]
-        words = [str(EXAMPLES / word) if (EXAMPLES / word).is_file() else word for word in words]
+    for name, program in PROGRAMS.items():
+        (folder := folder_of(store, name)).mkdir(parents=True)
+        command = tuple(str(folder) if word == "FOLDER" else word for word in program.command)
         found[name] = store.submit(
-            "code.enabled=false", f"cluster.nodes={nodes}", f"env.HOME={folder}", "--name", name, command=tuple(words)
+            "code.enabled=false", f"cluster.nodes={program.nodes}", "--name", name, command=command
         )
-        PROGRAMS[name] = (*PROGRAMS[name][:2], (str(folder),))
-    for name, (_, ranks, (folder_name,)) in PROGRAMS.items():
-        for rank in range(ranks):
-            path = Path(folder_name, f"held.{rank}")
+    for name, program in PROGRAMS.items():
+        for rank in range(program.ranks):
+            path = folder_of(store, name) / f"held.{rank}"
             store.wait_for(path.exists, 180, f"rank {rank} of {name}", found[name])
     cluster.preempt()
     return found
+
+
+def folder_of(store: Launcher, name: str) -> Path:
+    return store.root.with_name(f"{store.root.name}-files") / name
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +119,7 @@ def test_a_preempted_program_goes_on_to_the_same_end(
     assert store.shares(run_id)["lost"] == 0
     output = store.ok("logs", run_id, "--rank", "all")
     if name == "shell":
-        folder = Path(PROGRAMS[name][2][0])
-        assert (folder / "items").read_text().split() == [str(step) for step in range(1, STEPS + 1)]
+        assert (folder_of(store, name) / "items").read_text().split() == [str(step) for step in range(1, STEPS + 1)]
         assert f"done at {STEPS}" in output
     else:
         # As many ranks as there may be: the sums of a step are the same but for their last digits.
