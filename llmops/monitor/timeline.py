@@ -181,7 +181,7 @@ def timeline(
             facts = newest_facts
         else:
             facts = read_facts(run, attempt.number, None if newest else counted.get(attempt.number))
-        end = attempt.end.time if attempt.end else until if newest and alive else facts.last or attempt.start.time
+        end = attempt.end.time if attempt.end else until if newest and alive else _last_sign(facts) or attempt.start.time
         kept = attempt.number in counted
         _attempt(line, run, attempt, facts, end, kept, newest and alive and attempt.end is None, silent_s)
         before = attempt
@@ -190,6 +190,10 @@ def timeline(
         if not (ended and before and before.start.submission == run.submissions[-1].number):
             _wait(line, before, run.submissions[-1].number, created, until)
     return line.spans
+
+
+def _last_sign(facts: Facts) -> float | None:
+    return facts.last or (facts.commit.told if facts.commit else None)
 
 
 def _wait(line: _Line, before: Attempt | None, submission: int, created: dict[int, float], until: float) -> None:
