@@ -131,8 +131,11 @@ def exit_stopped(step: int | None = None) -> NoReturn:
     sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED)
 
 
-def outlive_signals() -> None:
-    """Ignore SIGTERM, SIGUSR1 and SIGUSR2, whoever handles them now. For programs whose framework has taken them."""
+def outlive_signals(_worker: int = 0) -> None:
+    """Ignore SIGTERM, SIGUSR1 and SIGUSR2, whoever handles them now; for programs whose framework has taken them.
+
+    To be given to a DataLoader with workers, as ``worker_init_fn``: PyTorch lets them die of SIGTERM.
+    """
     if _control() is not None:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -59,7 +59,9 @@ def main(steps: int, every: int, loaders: int) -> None:
     batches = [[step * BATCH % len(rows) + row for row in range(rank, BATCH, size)] for step in range(done, steps)]
     ranked = DistributedDataParallel(model) if dist.is_initialized() else model
     loss = torch.zeros(())
-    for step, (x, y) in enumerate(DataLoader(rows, batch_sampler=batches, num_workers=loaders), done + 1):
+    # PyTorch would let the loading processes die of a SIGTERM, which some clusters send to all.
+    data = DataLoader(rows, batch_sampler=batches, num_workers=loaders, worker_init_fn=preempt.outlive_signals)
+    for step, (x, y) in enumerate(data, done + 1):
         optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(ranked(x), y)
         loss.backward()
