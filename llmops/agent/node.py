@@ -62,6 +62,7 @@ class NodeAgent:
         self.deadline: float | None = None  # epoch seconds by which a stop must be over
         self.rescuers: set[int] = set()  # processes that are spared for a while
         self.rescue_until = 0.0
+        self.workers: set[int] = set()  # of a torchrun, that were told to stop
         self.failure_told = False
         self.end_told = False
         self.coordinator.send(
@@ -207,7 +208,9 @@ class NodeAgent:
     def _signal(self, rank: Rank, number: signal.Signals) -> None:
         if not torchrun.is_torchrun(self.spec["command"]):
             rank.process.send_signal(number)
-        elif not torchrun.tell_workers(rank.process.pid, self.agent_id, number):
+            return
+        self.workers = torchrun.tell_workers(rank.process.pid, self.agent_id, number)
+        if not self.workers:
             self._kill()  # as the signal would have done
 
     def _speakers(self, rank: Rank) -> list[int]:
@@ -272,7 +275,9 @@ class NodeAgent:
         if not running or self.control is None:
             return
         if self.deadline is not None:
-            if time.time() > self.deadline:
+            # Torchrun may start its workers again, who know nothing of the stop.
+            over = self.workers and not self.workers & set(processes.marked(self.agent_id))
+            if over or time.time() > self.deadline:
                 self._kill()
             return
         limit = float(self.spec["stop"]["hang_s"])

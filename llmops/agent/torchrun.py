@@ -45,17 +45,17 @@ def environment(spec: dict[str, Any], node: int, master_addr: str, master_port: 
     return found
 
 
-def tell_workers(top: int, agent_id: str, number: int) -> bool:
-    """Signal the workers that have a handler; False when none has. ``top``: the process that was started.
+def tell_workers(top: int, agent_id: str, number: int) -> set[int]:
+    """Signal the workers that have a handler, and return which. ``top``: the process that was started.
 
     One without a handler is deaf, as all that torchrun starts, and would go on.
     """
-    told = False
+    told = set()
     for pid in _workers(top, agent_id):
         try:
             if _handles(pid, number):
                 os.kill(pid, number)
-                told = True
+                told.add(pid)
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
     return told

@@ -181,7 +181,8 @@ def timeline(
             facts = newest_facts
         else:
             facts = read_facts(run, attempt.number, None if newest else counted.get(attempt.number))
-        end = attempt.end.time if attempt.end else until if newest and alive else _last_sign(facts) or attempt.start.time
+        seen = until if newest and alive else _last_sign(facts) or attempt.start.time
+        end = attempt.end.time if attempt.end else seen
         kept = attempt.number in counted
         _attempt(line, run, attempt, facts, end, kept, newest and alive and attempt.end is None, silent_s)
         before = attempt

@@ -413,7 +413,7 @@ def test_only_workers_that_ask_for_a_signal_get_it(tmp_path):
         while len(list(tmp_path.iterdir())) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert torchrun.tell_workers(top.pid, env[MARKER], signal.SIGUSR1)
+        assert len(torchrun.tell_workers(top.pid, env[MARKER], signal.SIGUSR1)) == 1
         assert not torchrun.tell_workers(top.pid, env[MARKER], signal.SIGUSR2), "nobody asks for that"
         (tmp_path / "over").touch()
         assert top.stdout.readline() == "[3, 5]\n"
