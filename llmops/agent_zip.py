@@ -17,6 +17,7 @@ def build() -> tuple[str, bytes]:
     """Return ``(<digest>.pyz, content)``. The same sources always give the same bytes."""
     package = Path(__file__).parent / "agent"
     files = {"__main__.py": _MAIN.encode(), "llmops/__init__.py": b""}
+    files["llmops/preempt.py"] = (package.parent / "preempt.py").read_bytes()  # for the jobs' own programs
     for path in sorted(package.rglob("*.py")):
         files[f"llmops/agent/{path.relative_to(package).as_posix()}"] = path.read_bytes()
     buffer = io.BytesIO()

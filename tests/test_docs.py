@@ -19,7 +19,8 @@ PAGES = {path.name: BLOCK.findall(path.read_text()) for path in sorted((TREE / "
 # What a page must have shown, besides not failing.
 SHOWN = {
     "quickstart.md": ["finished", "resumed", "agent/", "loss by step"],
-    "programs.md": ["rank 0 of 2", "rank 1 of 2", "done at 300"],
+    "programs.md": ["rank 0 of 2", "rank 1 of 2"],
+    "preempt.md": ["cancelled", "done at 100"],
     "configuration.md": ["no key train.learning_rate", "model.n_heads=3", "exit code 2"],
     "checkpoints.md": ["latest", " ok ", "state.step: 10 -> 20", "no rule keeps it", "removed step_00000010/0000-0000"],
     "sweeps.md": ["4 trials", "pool --study", "first-sweep/3", "train.lr=", "nothing was submitted", "wrote /tmp"],

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from llmops.agent import commits
 from llmops.agent.rundir import RunDir
 
 _GENERATION = re.compile(r"^(\d{4,})-(\d{4,})$")
@@ -22,10 +23,15 @@ NOT_FAILURES = ("preempted", "timeout", "finished", "cancelled")
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed checkpoint: its folder inside the run directory, and the last step that it holds."""
+    """A committed checkpoint: its folder inside the run directory, and the last step that it holds.
+
+    Of one that a program told of, ``path`` is the name of the record, and ``place`` is where the program has its state:
+    a path, absolute or inside the run directory, or a URL.
+    """
 
     path: str
     step: int
+    place: str | None = None
 
 
 def numbers(rundir: RunDir) -> list[int]:
@@ -36,7 +42,12 @@ def numbers(rundir: RunDir) -> list[int]:
 
 
 def newest_commit_of(rundir: RunDir, attempt: int) -> Commit | None:
-    """The newest commit that ``attempt`` itself wrote: the highest step of its last generation."""
+    """The newest commit that ``attempt`` itself wrote: the last that a program told of, or of checkpoints in our own
+    format the highest step of the last generation.
+    """
+    if told := commits.parse(rundir.list(commits.folder(attempt)), attempt):
+        record = rundir.get(f"{told[-1].name}.json") or {}
+        return Commit(told[-1].name, told[-1].step, str(record.get("path", ".")))
     best: tuple[int, int, str] | None = None
     for step_name in rundir.list("checkpoints"):
         step = _STEP.match(step_name)
@@ -67,7 +78,7 @@ def resume_point(rundir: RunDir) -> Commit | None:
         return own
     start = rundir.get(f"attempts/{newest:04d}/start.json") or {}
     path = start.get("resume_from")
-    return Commit(path, int(start["resume_step"])) if path else None
+    return Commit(path, int(start["resume_step"]), start.get("resume_path")) if path else None
 
 
 class Superseded(Exception):
@@ -99,6 +110,8 @@ def claim(rundir: RunDir, submission: int, job_id: str, restart: int, hosts: lis
             "resume_from": commit.path if commit else None,
             "resume_step": commit.step if commit else 0,
         }
+        if commit and commit.place is not None:
+            record["resume_path"] = commit.place
         if rundir.create(f"attempts/{number:04d}/start.json", record):
             return record
     raise RuntimeError(f"could not claim an attempt in {rundir.root}: a thousand others were faster")

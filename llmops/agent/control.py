@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import re
 import shutil
 import tempfile
 import time
 from typing import Any
+
+_FILE = re.compile(r"(heartbeat|stopped)\.([0-9]{1,9})")
 
 
 class ControlDir:
@@ -49,6 +53,37 @@ class ControlDir:
     def stopped(self, rank: int) -> dict[str, Any] | None:
         """The marker with which ``rank`` says that its state is saved, or None."""
         return self._read(f"stopped.{rank}")
+
+    def committed(self) -> dict[str, Any] | None:
+        """What rank 0 last told of its commits: step and path. None before the first."""
+        return self._read("committed.0")
+
+    def version(self, name: str) -> tuple[int, int] | None:
+        """Changes whenever the file ``name`` does; None while there is none."""
+        try:
+            status = os.stat(os.path.join(self.path, name))
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def speakers(self) -> list[int]:
+        """The ranks that take part, by the names of their files."""
+        found = {match[2] for name in os.listdir(self.path) if (match := _FILE.fullmatch(name))}
+        return sorted(int(rank) for rank in found)
+
+    def offer_preempt(self) -> str:
+        """Put ``llmops.preempt`` into a folder for PYTHONPATH, and return that.
+
+        Without an ``__init__.py`` it is a portion of a namespace package: wherever llmops is installed, that is found
+        instead, however late it comes on the path.
+        """
+        source = pkgutil.get_data("llmops", "preempt.py")
+        assert source is not None
+        root = os.path.join(self.path, "python")
+        os.makedirs(os.path.join(root, "llmops"))
+        with open(os.path.join(root, "llmops", "preempt.py"), "wb") as file:
+            file.write(source)
+        return root
 
     def rescuer(self, rank: int) -> tuple[int, float] | None:
         """(process, seconds) that still has work to do when ``rank`` has died, or None."""

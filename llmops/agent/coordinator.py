@@ -232,7 +232,9 @@ class Coordinator(Meeting[Peer]):
         lasts = [end["last_step"] for end in ends if end["last_step"] is not None]
         ranks = self.spec["nodes"] * self.spec["ranks_per_node"]
         kind, error, rank, host = "failed", None, None, None
-        if len(codes) == ranks and not any(codes.values()):
+        # A torchrun hides its workers' exit codes: that they have stopped is in their markers.
+        stopped = self.stop is not None and any(end.get("stopped") for end in ends)
+        if len(codes) == ranks and not any(codes.values()) and not stopped:
             kind = "finished"
         elif self.failure:
             kind = "hung" if self.failure["kind"] == "hung" else "failed"

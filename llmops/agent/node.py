@@ -13,7 +13,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from llmops.agent import processes, ranks, snapshot
+from llmops.agent import processes, ranks, snapshot, torchrun
+from llmops.agent.commits import LAST_PATIENCE_S, PATIENCE_S, Commits
 from llmops.agent.control import ControlDir
 from llmops.agent.exporter import NodeExporter, Plan
 from llmops.agent.output import RankOutput
@@ -56,10 +57,12 @@ class NodeAgent:
         self.rundir: RunDir | None = None
         self.exporter: NodeExporter | None = None
         self.control: ControlDir | None = None
+        self.commits: Commits | None = None  # of a program that is not ours
         self.spec: dict[str, Any] = {}
         self.deadline: float | None = None  # epoch seconds by which a stop must be over
         self.rescuers: set[int] = set()  # processes that are spared for a while
         self.rescue_until = 0.0
+        self.workers: set[int] = set()  # of a torchrun, that were told to stop
         self.failure_told = False
         self.end_told = False
         self.coordinator.send(
@@ -95,6 +98,8 @@ class NodeAgent:
                 self._check_time()
                 if self.rundir:
                     self.rundir.tend()
+                if self.commits and not self.end_told:
+                    self.commits.tend()
                 if self.exporter:
                     self.exporter.tend()
         finally:
@@ -139,6 +144,10 @@ class NodeAgent:
         secrets = ranks.read_secrets(self.spec["options"].get("secrets_file"), self.spec["secrets"])
         archive = self.spec["code_archive"]
         code = snapshot.unpack(archive, rundir) if archive else None
+        offered = None
+        if self.spec["kind"] == "command":
+            self.commits = Commits(rundir, self.control, attempt["number"])
+            offered = self.control.offer_preempt()
         per_node = self.spec["ranks_per_node"]
         metrics = Plan(self.spec, self.reserved.getsockname()[0])
         self.reserved.close()
@@ -152,7 +161,7 @@ class NodeAgent:
                 master_addr=message["master_addr"],
                 master_port=message["master_port"],
             )
-            env = ranks.environment(self.spec, place, attempt, self.control.path, code, self.agent_id)
+            env = ranks.environment(self.spec, place, attempt, self.control.path, code, self.agent_id, offered)
             env.update(metrics.rank_environment(place.rank))
             process = ranks.start_rank(self.spec, place, {**env, **secrets}, code)
             assert process.stdout is not None
@@ -193,8 +202,21 @@ class NodeAgent:
         if first and name and self.spec["kind"] == "command":
             for rank in self.ranks:
                 # A program that writes heartbeats takes part in the control directory: the flag is enough for it.
-                if rank.code is None and self.control.heartbeat(rank.place.rank) is None:
-                    rank.process.send_signal(signal.Signals[name])
+                if rank.code is None and not any(self.control.heartbeat(each) for each in self._speakers(rank)):
+                    self._signal(rank, signal.Signals[name])
+
+    def _signal(self, rank: Rank, number: signal.Signals) -> None:
+        if not torchrun.is_torchrun(self.spec["command"]):
+            rank.process.send_signal(number)
+            return
+        self.workers = torchrun.tell_workers(rank.process.pid, self.agent_id, number)
+        if not self.workers:
+            self._kill()  # as the signal would have done
+
+    def _speakers(self, rank: Rank) -> list[int]:
+        """The numbers under which a rank tells of itself. The workers of a torchrun have those that it gives them."""
+        told = self.control.speakers() if self.control is not None and len(self.ranks) == 1 else []
+        return told or [rank.place.rank]
 
     def _pump(self, rank: Rank) -> None:
         if rank.output.open and not rank.output.pump():
@@ -253,16 +275,22 @@ class NodeAgent:
         if not running or self.control is None:
             return
         if self.deadline is not None:
-            if time.time() > self.deadline:
+            # Torchrun may start its workers again, who know nothing of the stop.
+            over = self.workers and not self.workers & set(processes.marked(self.agent_id))
+            if over or time.time() > self.deadline:
                 self._kill()
             return
         limit = float(self.spec["stop"]["hang_s"])
         if not limit or self.failure_told:
             return
         for rank in running:
-            age = self.control.heartbeat_age(rank.place.rank)
-            if age is not None and age > limit:
-                beat = self.control.heartbeat(rank.place.rank) or {}
+            # Ranks wait for each other; one that a torchrun no longer has must not count.
+            ages = [
+                (age, each) for each in self._speakers(rank) if (age := self.control.heartbeat_age(each)) is not None
+            ]
+            age, speaker = min(ages, default=(0.0, 0))
+            if age > limit:
+                beat = self.control.heartbeat(speaker) or {}
                 where = f"step {beat.get('step')}, {beat.get('phase')}"
                 text = f"rank {rank.place.rank} gave no heartbeat for {age:.0f} s (stop.hang_s={limit:.0f}; {where})"
                 self._tell_failure(rank, f"{rank.output.tail()}\n{text}", "hung")
@@ -272,8 +300,8 @@ class NodeAgent:
         """First and last step of this attempt, as the ranks' heartbeats tell; None for programs that write none."""
         first: int | None = None
         last: int | None = None
-        for rank in self.ranks:
-            beat = (self.control.heartbeat(rank.place.rank) if self.control else None) or {}
+        for speaker in [each for rank in self.ranks for each in self._speakers(rank)]:
+            beat = (self.control.heartbeat(speaker) if self.control else None) or {}
             if isinstance(beat.get("first_step"), int):
                 first = beat["first_step"] if first is None else min(first, beat["first_step"])
             if isinstance(beat.get("step"), int) and first is not None:
@@ -294,7 +322,10 @@ class NodeAgent:
             return
         self.end_told = True
         first, last = self._steps()
-        stopped = [self.control.stopped(rank.place.rank) for rank in self.ranks] if self.control else []
+        stopped = self._stopped()
+        if self.commits:
+            left = LAST_PATIENCE_S if self.deadline is None else self.deadline - time.time()
+            self.commits.tend(min(max(left, PATIENCE_S), LAST_PATIENCE_S) + 1)
         self.coordinator.send(
             {
                 "type": "ended",
@@ -303,9 +334,16 @@ class NodeAgent:
                 "first_step": first,
                 "last_step": last,
                 "saved": bool(stopped) and all(stopped),
+                "stopped": any(stopped),
                 "time": time.time(),
             }
         )
+
+    def _stopped(self) -> list[bool]:
+        """Of every rank that should have written one: whether its marker is there."""
+        if self.control is None:
+            return []
+        return [self.control.stopped(each) is not None for rank in self.ranks for each in self._speakers(rank)]
 
     def _kill(self) -> None:
         """Kill the ranks and all that they started; what they wrote until then is kept."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llmops.agent import torchrun
 from llmops.agent.processes import MARKER
 
 
@@ -52,17 +53,28 @@ def read_secrets(path: str | None, names: list[str]) -> dict[str, str]:
 
 
 def environment(
-    spec: dict[str, Any], place: Placement, attempt: dict[str, Any], control: str, code: str | None, agent_id: str
+    spec: dict[str, Any],
+    place: Placement,
+    attempt: dict[str, Any],
+    control: str,
+    code: str | None,
+    agent_id: str,
+    offered: str | None = None,
 ) -> dict[str, str]:
-    """The environment of one rank: the job's own, the run's, and what torch.distributed expects."""
+    """The environment of one rank: the job's own, the run's, and what torch.distributed expects.
+
+    ``offered``: a folder of modules for programs that are not ours.
+    """
     env = dict(os.environ)
+    if spec["kind"] == "command":
+        env.update(torchrun.environment(spec, place.node, place.master_addr, place.master_port))
     for name in ("LLMOPS_RENDEZVOUS", "LLMOPS_RENDEZVOUS_TOKEN"):
         env.pop(name, None)
     env.update(spec["env"])
     env.setdefault("OMP_NUM_THREADS", str(spec["threads_per_rank"]))
     env.setdefault("PYTHONUNBUFFERED", "1")
-    if code:
-        env["PYTHONPATH"] = code + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
+    if path := [each for each in (code, env.get("PYTHONPATH"), offered) if each]:
+        env["PYTHONPATH"] = os.pathsep.join(path)
     env.update(
         {
             "RANK": str(place.rank),
@@ -76,7 +88,9 @@ def environment(
             "LLMOPS_RUN_ID": spec["run_id"],
             "LLMOPS_RUN_URL": spec["run_url"],
             "LLMOPS_ATTEMPT": str(attempt["number"]),
-            "LLMOPS_RESUME_FROM": attempt["resume_from"] or "",
+            "LLMOPS_NNODES": str(spec["nodes"]),
+            "LLMOPS_RESUME_FROM": attempt.get("resume_path") or attempt["resume_from"] or "",
+            "LLMOPS_RESUME_STEP": str(attempt["resume_step"]),
             "LLMOPS_CODE": os.path.basename(spec["code_archive"] or "").split(".")[0],  # the snapshot's digest
             "LLMOPS_CONTROL_DIR": control,
             MARKER: agent_id,
@@ -88,8 +102,8 @@ def environment(
 def _before_exec(ignore_signals: bool) -> Callable[[], None]:
     def prepare() -> None:
         # The supervisor's own handlers do not survive exec, but an ignored signal does. Our trainer looks at the stop
-        # flag alone,
-        # and some process trackers signal the whole tree; a user's program gets the defaults back.
+        # flag alone, as does torchrun, see there, and some process trackers signal the whole tree; any other program
+        # gets the defaults back.
         action = signal.SIG_IGN if ignore_signals else signal.SIG_DFL
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, action)
@@ -117,7 +131,7 @@ def start_rank(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # One thread, and nothing imported after the fork: safe, and the only hook there is between fork and exec.
-            preexec_fn=_before_exec(spec["kind"] == "llm"),
+            preexec_fn=_before_exec(spec["kind"] == "llm" or torchrun.is_torchrun(spec["command"])),
         )
     except FileNotFoundError as error:
         missing = error.filename if error.filename != work_dir else f"the working directory {work_dir}"

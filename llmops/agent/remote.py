@@ -37,10 +37,10 @@ class RemoteRunDir(RunDir):
         data = self.helper.call("get", patience_s, name=name)
         return None if data is None else self._object(name, base64.b64decode(data))
 
-    def create(self, name: str, value: dict[str, Any]) -> bool:
+    def create(self, name: str, value: dict[str, Any], patience_s: float = PATIENCE_S) -> bool:
         data = base64.b64encode(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n").decode()
         # After a lost answer the object found may be our own.
-        return bool(self.helper.call("create", name=name, data=data)) or self.get(name) == value
+        return bool(self.helper.call("create", patience_s, name=name, data=data)) or self.get(name, patience_s) == value
 
     def list(self, name: str) -> list[str]:
         return list(self.helper.call("list", name=name))

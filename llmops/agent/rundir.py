@@ -71,7 +71,7 @@ class RunDir:
             raise ValueError(f"{self.path(name)} holds {type(value).__name__}, not an object")
         return value
 
-    def create(self, name: str, value: dict[str, Any]) -> bool:
+    def create(self, name: str, value: dict[str, Any], patience_s: float = PATIENCE_S) -> bool:
         """Put ``value`` under ``name`` if nothing is there. False when somebody was first.
 
         Written aside, flushed to the disk and linked into place: a reader sees all of it or nothing, and of two

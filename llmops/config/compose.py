@@ -16,6 +16,7 @@ import llm.eval.options
 import llm.utils.config
 import llmops.ssh.address
 from llmops import __version__
+from llmops.agent import torchrun
 from llmops.config import cache, groups, hydra_call, interpolate, k8s_rules, rules, schema
 from llmops.config import overrides as override_text
 from llmops.config.schema import RunConfig
@@ -79,6 +80,7 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
         schema,
         rules,
         k8s_rules,
+        torchrun,
         override_text,
         llm.utils.config,
         llm.data.prepare.options,

@@ -6,6 +6,7 @@ import math
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from llm.data.prepare.options import check as check_preparation
@@ -13,6 +14,7 @@ from llm.eval.options import check as check_evaluation
 from llm.eval.options import check_tasks
 from llm.utils.config import ConfigError
 from llm.utils.config import check as check_training
+from llmops.agent.torchrun import is_torchrun
 from llmops.config import k8s_rules, notify_rules
 from llmops.config.overrides import ENV_NAME
 from llmops.config.schema import (
@@ -105,6 +107,12 @@ def check(config: RunConfig) -> None:
     if config.command:
         if not config.command[0]:
             raise UserError("command: its first word, the program, is empty")
+        if config.cluster.ranks_per_node > 1 and is_torchrun(config.command):
+            raise UserError(
+                f"cluster.ranks_per_node={config.cluster.ranks_per_node} would start so many of "
+                f"{Path(config.command[0]).name} on each node, which starts workers of its own: set "
+                "cluster.ranks_per_node=1 and --nproc-per-node"
+            )
         if config.task != "train":
             raise UserError(f"task={config.task} and a command of your own: leave one of them out")
     elif config.task == "prepare_data":

@@ -112,7 +112,7 @@ def describe_run(run: Run, job: JobView | None, now: float) -> tuple[Described, 
         attempts, committed = [_attempt(run, attempt, state, (None, None)) for attempt in run.attempts], None
     rate = _rate(recent, run) if alive else None
     silent = record is not None and record.kind == "command" and facts.last is None  # a program without metrics
-    step, most = _step(run, recent), record.max_steps if record else None
+    step, most = _step(run, recent, facts), record.max_steps if record else None
     described: Described = {
         **EMPTY,
         "id": run.id,
@@ -132,7 +132,7 @@ def describe_run(run: Run, job: JobView | None, now: float) -> tuple[Described, 
         "recent_losses": [finite(each["loss"]) for each in recent],
         "tokens_per_s": _middle(recent, "tokens_per_s"),
         "mfu": _middle(recent, "mfu"),
-        "goodput": None if silent and alive else goodput.account(spans).goodput,
+        "goodput": None if silent and alive and facts.commit is None else goodput.account(spans).goodput,
         "eta_s": rate * max(most - step, 0) if rate is not None and most else None,
         "stalled_s": stalled,
         "last_commit": committed,
@@ -178,9 +178,11 @@ def _open_attempt(run: Run, attempt: Attempt, state: State) -> str:
     return "cancelled" if newest and state == "cancelled" else "lost"
 
 
-def _step(run: Run, recent: Sequence[Mapping[str, Any]]) -> int:
+def _step(run: Run, recent: Sequence[Mapping[str, Any]], facts: Facts) -> int:
     """The last step that is known to count; metrics may be written every few steps only."""
     known = [each["step"] for each in recent[-1:]]
+    if facts.commit is not None:
+        known.append(facts.commit.step)
     if run.newest:
         known.append(run.newest.start.resume_step)
         if run.newest.end and run.newest.end.last_step is not None:

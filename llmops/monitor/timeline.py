@@ -6,9 +6,10 @@ trained for months costs no more than what it has trained for an hour.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from llmops.agent import commits
 from llmops.runs.lineage import attempt_steps, segments
 from llmops.runs.model import Attempt, Run
 from llmops.runs.streams import decode_line, lines_backwards, parts
@@ -39,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Mark:
-    """A commit as an attempt's metrics tell of it: training up to ``ended`` is in it."""
+    """A commit as an attempt's metrics tell of it, or its own record: training up to ``ended`` is in it."""
 
     step: int
     ended: float
@@ -49,7 +50,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Facts:
-    """What an attempt's metrics say of its time."""
+    """What an attempt's metrics say of its time; of a program without any, what it told of its commits."""
 
     phases: dict[str, float] = field(default_factory=dict)  # when each phase of start-up was over
     last: float | None = None  # time of the last line
@@ -62,6 +63,21 @@ class Facts:
 
 def read_facts(run: Run, attempt: int, commit_step: int | None = None) -> Facts:
     """``commit_step``: the step whose commit is looked for; by default the newest one that counts."""
+    facts = _read_metrics(run, attempt, commit_step)
+    if facts.commit is None and run.record is not None and run.record.kind == "command":
+        return replace(facts, commit=_told(run, attempt, commit_step))
+    return facts
+
+
+def _told(run: Run, attempt: int, commit_step: int | None) -> Mark | None:
+    told = commits.parse(run.seen.list(commits.folder(attempt)), attempt)
+    for each in reversed(told):
+        if commit_step in (None, each.step):
+            return Mark(each.step, each.time, each.time, 0.0)
+    return None
+
+
+def _read_metrics(run: Run, attempt: int, commit_step: int | None) -> Facts:
     paths = parts(run.seen, f"metrics/{attempt:04d}", "", ".jsonl")
     found: dict[str, Any] = {"phases": _startup(run, paths)}
     told: dict[int, tuple[float, float]] = {}  # when a step was known to be saved, and the stalls until then
@@ -165,7 +181,8 @@ def timeline(
             facts = newest_facts
         else:
             facts = read_facts(run, attempt.number, None if newest else counted.get(attempt.number))
-        end = attempt.end.time if attempt.end else until if newest and alive else facts.last or attempt.start.time
+        seen = until if newest and alive else _last_sign(facts) or attempt.start.time
+        end = attempt.end.time if attempt.end else seen
         kept = attempt.number in counted
         _attempt(line, run, attempt, facts, end, kept, newest and alive and attempt.end is None, silent_s)
         before = attempt
@@ -174,6 +191,10 @@ def timeline(
         if not (ended and before and before.start.submission == run.submissions[-1].number):
             _wait(line, before, run.submissions[-1].number, created, until)
     return line.spans
+
+
+def _last_sign(facts: Facts) -> float | None:
+    return facts.last or (facts.commit.told if facts.commit else None)
 
 
 def _wait(line: _Line, before: Attempt | None, submission: int, created: dict[int, float], until: float) -> None:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from llmops.runs.model import Run
 from llmops.runs.streams import decode_line, lines_backwards, parts
 
-_COMMIT = re.compile(r"checkpoints/step_(\d+)/(\d+)-(\d+)/?")
+# A checkpoint in our own format, or the record of one that a program told of: which attempt's it is.
+_COMMIT = re.compile(r"checkpoints/step_\d+/(\d+)-\d+/?|commits/(\d+)/\d+-\d+")
 
 StepRecord = dict[str, Any]  # at least "step" (int, from 1) and "loss"
 
@@ -42,11 +43,10 @@ def segments(run: Run) -> list[Segment]:
         first = record.start.resume_step + 1 if record and commit else 1
         if last is None or first <= last:
             found.append(Segment(attempt, first, last))
-        if (
-            commit is None or int(commit[2]) >= attempt
-        ):  # a commit of the future: damaged, and would go round in circles
+        before = int(commit[1] or commit[2]) if commit else attempt
+        if before >= attempt:  # from scratch; or a commit of the future: damaged, and would go round in circles
             break
-        attempt, last = int(commit[2]), first - 1
+        attempt, last = before, first - 1
     return found[::-1]
 
 

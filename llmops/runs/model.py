@@ -96,6 +96,7 @@ class AttemptStart(msgspec.Struct, frozen=True, kw_only=True):
     restart: int = 0
     resume_from: str | None = None
     resume_step: int = 0  # the last step that the commit holds; 0 from scratch
+    resume_path: str | None = None  # where a program that is not ours said that its state is
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True):
