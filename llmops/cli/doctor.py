@@ -20,7 +20,9 @@ MAX_S = 600.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """What is looked at, and how it is told."""
-    parser.description = "Say what works here, what is missing, and how to fix it. Exit code 1 when something is broken."
+    parser.description = (
+        "Say what works here, what is missing, and how to fix it. Exit code 1 when something is broken."
+    )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the run that is meant: cluster=ours …")

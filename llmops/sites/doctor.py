@@ -150,8 +150,10 @@ def _reach(backend: str, config: RunConfig, url: str) -> Probe:
             found, remedy = "no job can reach the memory of this process", "give a path or an object store"
             return [Check(stores.SECTION, name, "fail", found, remedy)]
         backends.load(backend).check(config.cluster, f"{store.url}/run")
-        shared = "its nodes share this folder, as far as the kind of file system tells" if store.local_path else (
-            "an object store; whether the nodes have its credentials and route is for the first run to show"
+        shared = (
+            "its nodes share this folder, as far as the kind of file system tells"
+            if store.local_path
+            else ("an object store; whether the nodes have its credentials and route is for the first run to show")
         )
         return [Check(stores.SECTION, name, "ok", shared)]
 

@@ -1,4 +1,4 @@
-"""Does Kubernetes work here: the server, our rights, the kinds, queues, quotas, and the time that pods have to leave."""
+"""Does Kubernetes work here: the server, our rights, kinds, queues, quotas, and the time that pods have to leave."""
 
 from __future__ import annotations
 

@@ -164,7 +164,9 @@ def _match(torch: dict[str, object], driver: str, cards: Sequence[str]) -> Check
         runs = any(each and int(each[1]) == major and int(each[2]) <= minor for each in sass)
         if not runs and not any(str(arch).startswith("compute_") for arch in archs):
             remedy = f"install a torch whose builds include sm_{major}{minor}"
-            return Check(SECTION, "torch", "fail", f"{found} was built without code for {name} (sm_{major}{minor})", remedy)
+            return Check(
+                SECTION, "torch", "fail", f"{found} was built without code for {name} (sm_{major}{minor})", remedy
+            )
     if len(gpus) < len(cards):
         remedy = "if that is not wanted: unset CUDA_VISIBLE_DEVICES"
         return Check(SECTION, "torch", "warn", f"{found} sees {len(gpus)} of {len(cards)} GPUs", remedy)
@@ -196,7 +198,9 @@ def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     least = hard if hard != resource.RLIM_INFINITY and hard < OPEN_FILES else OPEN_FILES
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
-        return Check("local", "open files", "warn", f"at most {soft} a process", f"ulimit -n {least}, before you submit")
+        return Check(
+            "local", "open files", "warn", f"at most {soft} a process", f"ulimit -n {least}, before you submit"
+        )
     return Check("local", "open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} a process")
 
 

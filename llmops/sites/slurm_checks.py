@@ -56,7 +56,9 @@ def version(text: str) -> Check:
     numbers = tuple(map(int, re.findall(r"\d+", text)[:2]))
     if numbers and numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return line("version", "warn", f"{text}, older than {oldest}", "ask for a newer SLURM: this one was never tried")
+        return line(
+            "version", "warn", f"{text}, older than {oldest}", "ask for a newer SLURM: this one was never tried"
+        )
     return line("version", "ok", text or "not told")
 
 
@@ -81,7 +83,9 @@ def preemption(
 
 
 def _kill_wait(wait: int, save_s: float) -> Check:
-    found = f"KILL comes {wait} s after TERM (KillWait), so {wait - MARGIN_S} s to save; checkpoint.save_seconds={save_s:g}"
+    found = (
+        f"KILL comes {wait} s after TERM (KillWait), so {wait - MARGIN_S} s to save; checkpoint.save_seconds={save_s:g}"
+    )
     if wait - MARGIN_S >= save_s:
         return line("time to save", "ok", found)
     return line("time to save", "warn", found, _more_time(wait, save_s))
@@ -101,7 +105,11 @@ def _way(names: str, mode: str, grace: int, wait: int, save_s: float) -> Check:
         remedy = "ask for PreemptMode=REQUEUE: a run that is stopped keeps its memory, and looks hung to its peers"
         return line(name, "warn", f"its jobs are suspended (PreemptMode={mode})", remedy)
     room = wait - MARGIN_S + grace
-    how = f"TERM to its steps, {grace} s later (GraceTime) to all, KILL {wait} s after that" if grace else "TERM, then KILL"
+    how = (
+        f"TERM to its steps, {grace} s later (GraceTime) to all, KILL {wait} s after that"
+        if grace
+        else "TERM, then KILL"
+    )
     then = "requeued" if "REQUEUE" in mode else "cancelled; llmops queues a successor"
     found = f"{how}; {room} s to save; {then} (PreemptMode={mode})"
     if room < save_s:
@@ -114,8 +122,10 @@ def signals(config: Mapping[str, str]) -> list[Check]:
     sends = "send_user_signal" in slurm.options(config.get("PreemptParameters", "")) or (
         "preempt_send_user_signal" in slurm.options(config.get("SlurmctldParameters", ""))
     )
-    told = "the batch host is told at once, by the signal that llmops asks for" if sends else (
-        "not set: a job's steps are told by TERM, to which llmops listens on every node"
+    told = (
+        "the batch host is told at once, by the signal that llmops asks for"
+        if sends
+        else ("not set: a job's steps are told by TERM, to which llmops listens on every node")
     )
     tracker = config.get("ProctrackType", "").removeprefix("proctrack/")
     checks = [line("send_user_signal", "ok", told)]
@@ -159,7 +169,10 @@ def limits(config: Mapping[str, str], partitions: Sequence[slurm.Partition]) -> 
     default = next((part.name for part in partitions if part.default), None)
     names = ", ".join(f"{name} (default)" if name == default else name for name in up)
     if default is None:
-        return [*checks, line("partitions", "warn", f"{names}; none is the default", f"set cluster.partition, as {up[0]}")]
+        return [
+            *checks,
+            line("partitions", "warn", f"{names}; none is the default", f"set cluster.partition, as {up[0]}"),
+        ]
     return [*checks, line("partitions", "ok", names)]
 
 
@@ -169,7 +182,9 @@ def accounting(timeout: float) -> list[Check]:
     if config.get("AccountingStorageType", "").endswith("/none"):
         kept = slurm.number(config.get("MinJobAge", ""), 300)
         told = f"there is none: SLURM forgets a job {kept} s after its end"
-        return [line("accounting", "warn", told, "ask for slurmdbd; until then `llmops status` has the run store alone")]
+        return [
+            line("accounting", "warn", told, "ask for slurmdbd; until then `llmops status` has the run store alone")
+        ]
     code, _, errors = call("sacct", "-n", "-X", "-P", "-S", "now", "-o", "jobid", timeout=timeout)
     if code:
         remedy = "tell the administrator that slurmdbd does not answer; running jobs go on"

@@ -41,7 +41,7 @@ def _draw(checks: Sequence[Check], console: Console) -> None:
                 if check.remedy:
                     table.add_row("", "", Text(f"to do: {clean(check.remedy)}", style=style))
         console.print(table)
-    counts = Counter(check.result for check in checks)
+    counts = Counter[str](check.result for check in checks)
     words = {"ok": "fine", "warn": "to look at", "fail": "broken"}
     told = ", ".join(f"{counts[result]} {word}" for result, word in words.items() if counts[result])
     console.print(Text(told, style=COLOURS[next((result for result in ("fail", "warn") if counts[result]), "ok")]))
