@@ -59,7 +59,7 @@ def run(
     return [
         check
         for number, probe in enumerate(probes)
-        for check in found.get(number) or [Check(probe.section, probe.name, "fail", late, remedy)]
+        for check in found.get(number, [Check(probe.section, probe.name, "fail", late, remedy)])
     ]
 
 

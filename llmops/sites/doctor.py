@@ -49,7 +49,6 @@ def _backends(overrides: Sequence[str], config_dir: Path | None, backend: str | 
         raise UserError(f"--backend {backend}: choose one of {', '.join(backends.NAMES)}")
     chosen = [each.partition("=")[2] for each in overrides if key_of(each) == "cluster"]
     if chosen:
-        compose.load_base([f"cluster={chosen[-1]}", *_image(chosen[-1], config_dir)], config_dir)  # is it there?
         named = str(compose.group("cluster", chosen[-1], config_dir)["backend"])
         if backend not in (None, named):
             raise UserError(f"--backend {backend}: cluster={chosen[-1]} is for {named}; leave one of them out")
@@ -59,16 +58,12 @@ def _backends(overrides: Sequence[str], config_dir: Path | None, backend: str | 
     return ["local", *(["slurm"] if _slurm_here() else []), *(["k8s"] if kubernetes_here() else [])]
 
 
-def _image(option: str, config_dir: Path | None) -> list[str]:
-    """An image, where one is needed: it is not what is checked."""
-    section = compose.group("cluster", option, config_dir)
-    return [assign("cluster.image", "none")] if section.get("backend") == "k8s" else []
-
-
 def _config(overrides: Sequence[str], config_dir: Path | None, backend: str) -> RunConfig:
     own = [] if any(key_of(each) == "cluster" for each in overrides) else [f"cluster={backend}"]
     image = [assign("cluster.image", "none")] if backend == "k8s" else []
-    return compose.load_config([*own, *overrides, *image], config_dir).config
+    # A program of one's own: whether a model's layout fits these ranks is not what is asked.
+    program = assign("command", ["true"])
+    return compose.load_config([*own, *overrides, *image, program], config_dir).config
 
 
 def _slurm_here() -> bool:

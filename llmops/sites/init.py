@@ -54,7 +54,8 @@ def init(
     path, option = write.place(output, draft.name)
     _free(path, force)
     use = _use(path, option)
-    shown = f"llmops submit {use} recipe=tiny" + (" cluster.image=IMAGE" if backend == "k8s" and image is None else "")
+    unset = " cluster.image=IMAGE" * (backend == "k8s" and image is None)
+    shown = f"llmops submit {use}{unset} {_run(int(draft.values.get('ranks_per_node', 1)))}"
     draft = replace(draft, head=[*draft.head, f"Use: {shown}"])
     write.check(draft, option, [assign("cluster.image", "none")] if backend == "k8s" and image is None else [])
     content = write.text(draft)
@@ -88,6 +89,13 @@ def _ask(backend: str, image: str | None, timeout: float, tell: Callable[[str], 
 def _free(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise UserError(f"{path}: is there already; add --force to replace it, or --output for another place")
+
+
+def _run(ranks: int) -> str:
+    """What to submit first: the tiny recipe, whose batch of 16 sequences many numbers of ranks can share."""
+    if ranks <= 2:
+        return "recipe=tiny"
+    return "recipe=tiny train.micro_batch_size=1" if 16 % ranks == 0 else "-- python train.py"
 
 
 def _use(path: Path, option: str) -> str:

@@ -103,10 +103,9 @@ def _workloads(site: Site) -> list[str]:
 def _gpus(site: Site) -> list[Line]:
     if site.nodes is None:
         limited = k8s.quota_gpus(site.quotas or [])
-        lines = [
-            Line(comment="Nodes may not be listed here, so ask how many GPUs one has: ranks_per_node, gpus_per_node")
-        ]
-        return lines + [Line("gpu_resource", next(iter(limited)), "as the quota calls it")] * bool(limited)
+        told = "Nodes may not be listed here, so ask how many GPUs one has: ranks_per_node, gpus_per_node"
+        named = [Line("gpu_resource", resource, "as the quota calls it") for resource in list(limited)[:1]]
+        return [Line(comment=told), *named]
     kinds = k8s.gpus(site.nodes)
     if not kinds:
         return [Line("ranks_per_node", 1, f"no GPUs on {len(site.nodes)} nodes")]

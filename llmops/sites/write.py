@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.config import compose
+from llmops.config.overrides import assign
 from llmops.errors import ClusterError, UserError
 from llmops.monitor.text import clean
 from llmops.resources import conf_dir
@@ -127,7 +128,8 @@ def check(draft: Draft, option: str, extra: Sequence[str] = ()) -> None:
         path.parent.mkdir()
         path.write_text(text(draft), encoding="utf-8")
         try:
-            compose.load_config([f"cluster={option}", *extra], Path(folder))
+            # Which layout fits so many ranks is for each run to say.
+            compose.load_config([f"cluster={option}", assign("command", ["true"]), *extra], Path(folder))
         except UserError as error:
             raise ClusterError(
                 f"what the cluster told makes no configuration ({error}); nothing was written: write one by hand, from "
