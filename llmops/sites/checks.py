@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmops.errors import ClusterError, UserError
@@ -28,11 +28,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question, and the checks that its answer gives. ``ask`` may block and raise: both become a failed check."""
+    """A question, and the checks that its answer gives. ``ask`` may block and raise: both become a failed check, with
+    ``remedy`` where the error names none."""
 
     section: str
     name: str
     ask: Callable[[], Sequence[Check]]
+    remedy: str = ""
 
 
 def run(
@@ -67,10 +69,11 @@ def _ask(probe: Probe) -> Sequence[Check]:
     try:
         return probe.ask()
     except (UserError, ClusterError) as error:
-        return [failed(probe.section, probe.name, str(error))]
+        check = failed(probe.section, probe.name, str(error))
+        return [check if check.remedy else replace(check, remedy=probe.remedy)]
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return [Check(probe.section, probe.name, "fail", f"{error.strerror or error}{where}")]
+        return [Check(probe.section, probe.name, "fail", f"{error.strerror or error}{where}", probe.remedy)]
     except Exception as error:  # noqa: BLE001 - the other checks are still worth telling
         what = f"this check itself failed: {type(error).__name__}: {error}"
         return [Check(probe.section, probe.name, "fail", what, "report it, with what the commands that it uses print")]

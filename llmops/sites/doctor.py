@@ -132,8 +132,12 @@ def _stores(configs: dict[str, RunConfig], runs_url: str | None, asked: bool) ->
         else:
             unset = stores.no_store(backend, asked)
             probes.append(Probe(stores.SECTION, unset.name, lambda unset=unset: [unset]))  # type: ignore[misc]
-    trips = [Probe(stores.SECTION, "round trip", lambda url=url: stores.check(url)) for url in urls]  # type: ignore[misc]
-    return [*trips, *probes]
+    return [*map(_trip, urls), *probes]
+
+
+def _trip(url: str) -> Probe:
+    remedy = "check the URL, the network, and the credentials and endpoint of this store (AWS_*)"
+    return Probe(stores.SECTION, "round trip", lambda: stores.check(url), remedy if "://" in url else "")
 
 
 def _reach(backend: str, config: RunConfig, url: str) -> Probe:

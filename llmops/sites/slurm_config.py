@@ -126,6 +126,7 @@ def _facts(site: Site, part: Partition) -> str:
         for (cpus, memory, gpus), count in kinds.most_common(3)
     ]
     told += [f"and {len(kinds) - 3} other kinds of nodes"] if len(kinds) > 3 else []
+    told += [] if machines else ["no nodes"]
     told.append(f"at most {_limit(part.max_time_s)}" if part.max_time_s else "no time limit")
     told += [f"at most {part.max_nodes} nodes a job"] if part.max_nodes else []
     told += [] if _may(site, part) else ["not for you"]

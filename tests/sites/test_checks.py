@@ -213,17 +213,27 @@ def test_an_object_store_makes_the_round_trip(s3_url):
     assert [name for name in left if f"s3://{name}" != s3_url] == []
 
 
-def test_a_store_that_is_not_there_is_a_failed_check(s3_server, dead_port, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
-    assert main(["doctor", "--backend", "local", "--runs-url", "s3://elsewhere/runs", "--json"]) == 1
-    found = by_name(Check(**each) for each in json.loads(capsys.readouterr().out)["checks"])
+def test_a_store_that_is_not_there_is_a_failed_check(dead_port, tmp_path):
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmops", "doctor", "--backend", "local", "--runs-url", "s3://elsewhere/runs", "--json"],
+        env={**os.environ, **keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{dead_port}"},
+        capture_output=True,
+        text=True,
+        cwd=TREE,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    found = by_name(Check(**each) for each in json.loads(done.stdout)["checks"])
     assert found["round trip"].result == "fail"
-    assert "did not answer" in found["round trip"].found
+    assert "s3://elsewhere/runs: the store did not answer" in found["round trip"].found
+    assert found["round trip"].remedy.startswith("check the URL")
+    assert "Traceback" not in done.stderr
     blocked = tmp_path / "file"
     blocked.write_text("")
     (check,) = checks.run([Probe("run store", "round trip", lambda: stores.check(str(blocked / "runs")))], 60)
-    assert "Not a directory" in check.found
+    assert "runs cannot be kept there" in check.found
+    assert check.remedy == "choose another runs_url"
 
 
 def test_a_store_without_exclusive_create_is_refused(tmp_path, monkeypatch):
