@@ -102,6 +102,7 @@ SHOWN = {
         "nothing was submitted of 2 trials",
     ],
     "ssh.md": ["finished", "latest", "is no host", "ssh://login.example.org/scratch/me/runs", "exit code 2"],
+    "doctor.md": ["folder called cluster", "ships cluster/k8s.yaml", "ranks meet", '"result": "ok"', "put "],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }
 

@@ -48,7 +48,7 @@ class Draft:
 
 def text(draft: Draft) -> str:
     """The file's text."""
-    out = [f"# {each}" for line in draft.head for each in wrapped(line)]
+    out = [f"# {clean(line)}" for line in draft.head]
     out += [f"defaults: [{draft.backend}, _self_]  # all other keys are those of conf/cluster/{draft.backend}.yaml"]
     for line in draft.lines:
         comment = f"  # {clean(line.comment)}" if line.comment else ""

@@ -336,7 +336,7 @@ def test_init_takes_the_partition_with_the_gpus(
         'partition: "gpu"  # 4 nodes of 62 CPUs, 500 GiB, 4 x h100, at most 2-00:00:00, at most 2 nodes a job' in lines
     )
     assert '# gres: "gpu:h100:4"  # instead of gpus_per_node, for this type alone' in lines
-    assert '# partition: "low"  # no nodes, no time limit' in lines
+    assert '# partition: "cancel"  # no nodes, no time limit' in lines
     assert '# account: "other"' in lines
     assert '# qos: "long"  # at most 1-12:00:00' in lines
     assert "features of these nodes are h100, ib" in text
