@@ -174,3 +174,8 @@ def _may(api: Api, namespace: str, group: str, resource: str, verb: str) -> bool
 def name(item: Object) -> str:
     """Of an object."""
     return str(item["metadata"]["name"])
+
+
+def count(nodes: int) -> str:
+    """In words."""
+    return "1 node" if nodes == 1 else f"{nodes} nodes"

@@ -75,6 +75,9 @@ def rights(cluster: K8sCluster) -> list[Check]:
     served = discover.served(api)
     chosen = discover.choose(api) if cluster.workload == "auto" else cluster.workload
     asked = {"all runs": COMMON, **{workload: KINDS[workload] for workload in served}}
+    if cluster.gang != "none":
+        group = next(group for group, gang in GANGS.items() if gang == cluster.gang)
+        asked[cluster.gang] = [(group, "podgroups", verb) for verb in _OTHER]
     flat = [(what, right) for what, each in asked.items() for right in each]
     answers = k8s.allowed(api, namespace, [right for _, right in flat])
     denied: dict[str, list[str]] = {what: [] for what in asked}
@@ -83,7 +86,7 @@ def rights(cluster: K8sCluster) -> list[Check]:
             denied[what].append(_named(*right))
     checks = [_workloads(cluster, served, chosen)]
     for what, missing in denied.items():
-        needed = what in ("all runs", chosen)
+        needed = what in ("all runs", chosen, cluster.gang)
         if missing:
             found = f"may not {', '.join(missing)}"
             checks.append(line(f"rights: {what}", "fail" if needed else "warn", found, ROLE.format(namespace)))
@@ -148,15 +151,16 @@ def _queues(api: Api, namespace: str, cluster: K8sCluster, known: Mapping[str, S
         have = f"choose one of {', '.join(names)}" if names else "ask for a LocalQueue there, as k8s/kueue makes one"
         return [line("queues", "fail", f"cluster.queue={wanted} is not in {namespace}", have)]
     asleep = {k8s.name(each): why for each in found if (why := k8s.inactive(each))}
-    if asleep:
-        told = "; ".join(f"{queue}: {why}" for queue, why in asleep.items())
+    if wanted in asleep or (asleep and len(asleep) == len(names)):
+        told = "; ".join(f"{queue}: {why}" for queue, why in asleep.items() if wanted in (None, queue))
         bad: Result = "fail" if wanted in asleep else "warn"
         return [line("queues", bad, told, "tell the administrator of Kueue: it admits nothing from there")]
     if not names:
         remedy = "ask for a LocalQueue, as k8s/kueue makes one, if this cluster starts nothing without"
         return [line("queues", "warn", f"Kueue is here, without a queue in {namespace}", remedy)]
     chosen = f"; cluster.queue={wanted}" if wanted else "; none is set (cluster.queue)"
-    return [line("queues", "ok", f"{', '.join(names)}{chosen}")]
+    told = ", ".join(f"{name} (admits nothing)" if name in asleep else name for name in names)
+    return [line("queues", "ok", f"{told}{chosen}")]
 
 
 def _gangs(cluster: K8sCluster, known: Mapping[str, Sequence[str]]) -> Check:
@@ -199,7 +203,8 @@ def _gpus(cluster: K8sCluster, nodes: Sequence[k8s.Object] | None) -> list[Check
     if not kinds:
         return [line("GPUs", "ok", f"none on {len(nodes)} nodes")]
     told = ", ".join(
-        f"{count} nodes with {per} {resource}" + f" ({value})" * bool(value) for resource, per, _, value, count in kinds
+        f"{k8s.count(number)} with {per} {resource}" + f" ({value})" * bool(value)
+        for resource, per, _, value, number in kinds
     )
     if (cluster.gpus_per_node or 0) and cluster.gpu_resource not in {kind[0] for kind in kinds}:
         return [line("GPUs", "fail", told, f"set cluster.gpu_resource={kinds[0][0]}")]

@@ -113,7 +113,7 @@ def _gpus(site: Site) -> list[Line]:
     others = [line for kind in kinds[1:] for line in _kind(*kind)]
     lines = [
         Line("ranks_per_node", count, "one for each GPU"),
-        Line("gpus_per_node", count, f"as {number} nodes have" + f": {value}" * bool(value), others),
+        Line("gpus_per_node", count, f"of {k8s.count(number)}" + f": {value}" * bool(value), others),
         Line("gpu_resource", resource),
     ]
     if label:
@@ -129,7 +129,8 @@ def _gpus(site: Site) -> list[Line]:
 
 
 def _kind(resource: str, count: int, label: str, value: str, number: int) -> list[str]:
-    lines = [other("gpus_per_node", count, f"as {number} nodes have"), other("gpu_resource", resource)]
+    lines = [other("ranks_per_node", count, f"for {k8s.count(number)}"), other("gpus_per_node", count)]
+    lines.append(other("gpu_resource", resource))
     return [*lines, other("node_selector", {label: value})] if label else lines
 
 

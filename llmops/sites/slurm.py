@@ -11,7 +11,8 @@ from llmops.backends.slurm import call
 from llmops.config.schema import time_limit_seconds
 from llmops.errors import ClusterError
 
-DOWN = re.compile(r"\b(DOWN|DRAIN|FAIL|FUTURE|POWERED_DOWN|NOT_RESPONDING|UNKNOWN|MAINT)")
+# POWERED_DOWN and its like are none of these: such a node starts when a job wants it.
+DOWN = re.compile(r"\b(DOWN|DRAIN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|MAINT)")
 _PAIR = re.compile(r"(?:^| )([A-Za-z][\w/:]*)=")
 
 

@@ -18,6 +18,7 @@ SECTION = "slurm"
 COMMANDS = ("sbatch", "squeue", "srun", "scancel", "scontrol", "sinfo", "sacct")
 OLDEST = (20, 11)  # whose commands print the fields that are asked for
 MARGIN_S = 5  # of the time to save, kept for the way out; see llmops.agent.policy.slurm.stop_deadline
+NAMED = 3  # partitions in the name of a check
 EXPIRE_S = 120  # SLURM's own cred_expire
 
 
@@ -79,7 +80,7 @@ def preemption(
     else:
         for part in partitions:
             ways.setdefault(((part.preempt_mode or usual).upper(), part.grace_s), []).append(part.name)
-    return checks + [_way(", ".join(names), mode, grace, wait, save_s) for (mode, grace), names in ways.items()]
+    return checks + [_way(names, mode, grace, wait, save_s) for (mode, grace), names in ways.items()]
 
 
 def _kill_wait(wait: int, save_s: float) -> Check:
@@ -97,13 +98,15 @@ def _more_time(wait: int, save_s: float) -> str:
     return f"ask for KillWait={needed}; until then set {lower}, and save often (checkpoint.every_steps)"
 
 
-def _way(names: str, mode: str, grace: int, wait: int, save_s: float) -> Check:
-    name = f"preemption: {names}"
+def _way(names: Sequence[str], mode: str, grace: int, wait: int, save_s: float) -> Check:
+    few = len(names) <= NAMED
+    name = f"preemption: {', '.join(names) if few else f'{names[0]} and {len(names) - 1} more'}"
+    of = "" if few else f"; of {', '.join(names)}"
     if mode in ("OFF", "DISABLED"):
-        return line(name, "ok", "its jobs never make way (PreemptMode=OFF)")
+        return line(name, "ok", f"its jobs never make way (PreemptMode=OFF){of}")
     if "SUSPEND" in mode:
         remedy = "ask for PreemptMode=REQUEUE: a run that is stopped keeps its memory, and looks hung to its peers"
-        return line(name, "warn", f"its jobs are suspended (PreemptMode={mode})", remedy)
+        return line(name, "warn", f"its jobs are suspended (PreemptMode={mode}){of}", remedy)
     room = wait - MARGIN_S + grace
     how = (
         f"TERM to its steps, {grace} s later (GraceTime) to all, KILL {wait} s after that"
@@ -111,7 +114,7 @@ def _way(names: str, mode: str, grace: int, wait: int, save_s: float) -> Check:
         else "TERM, then KILL"
     )
     then = "requeued" if "REQUEUE" in mode else "cancelled; llmops queues a successor"
-    found = f"{how}; {room} s to save; {then} (PreemptMode={mode})"
+    found = f"{how}; {room} s to save; {then} (PreemptMode={mode}){of}"
     if room < save_s:
         return line(name, "warn", found, _more_time(wait, save_s))
     return line(name, "ok", found)

@@ -164,12 +164,11 @@ def test_the_rights_that_are_asked_for_are_those_of_the_role() -> None:
 
 @pytest.mark.usefixtures("no_store")
 def test_a_cluster_in_order_has_nothing_to_do(full: ApiServer, capsys: pytest.CaptureFixture[str]) -> None:
-    full.store.drop(*next(key for key in full.store.objects if key[2] == "dead"))
     code, checks = doctor(capsys)
     assert (code, {check["result"] for check in checks.values()}) == (0, {"ok"})
     assert checks["version"]["found"] == "v1.36.2"
     assert checks["workloads"]["found"] == "job, jobset, pytorchjob, trainjob; auto takes pytorchjob"
-    assert "training" in checks["queues"]["found"]
+    assert checks["queues"]["found"] == "dead (admits nothing), training; none is set (cluster.queue)"
     assert "2 nodes with 8 nvidia.com/gpu (NVIDIA-H100-80GB-HBM3)" in checks["GPUs"]["found"]
     assert "50 s to save and leave (checkpoint.save_seconds + 30)" in checks["grace period"]["found"]
     assert "same time" in checks["clock"]["found"]
@@ -202,6 +201,20 @@ def test_missing_rights_are_named_with_their_remedy(
     assert "create pytorchjobs.kubeflow.org" in checks["rights: pytorchjob"]["found"]
     assert checks["rights: jobset"]["result"] == "warn"
     assert checks["rights: job"]["result"] == "ok"
+
+
+@pytest.mark.usefixtures("no_store")
+def test_queues_that_admit_nothing_and_gangs_that_may_not_be_made(
+    full: ApiServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full.store.drop(*next(key for key in full.store.objects if key[2] == "training"))
+    _, checks = doctor(capsys)
+    assert checks["queues"]["result"] == "warn"
+    assert checks["queues"]["found"].startswith("dead: Can't submit")
+    role(full, kubeconfig, "podgroups")
+    code, checks = doctor(capsys, "cluster.gang=volcano")
+    assert (code, checks["rights: volcano"]["result"]) == (1, "fail")
+    assert "create podgroups.scheduling.volcano.sh" in checks["rights: volcano"]["found"]
 
 
 @pytest.mark.usefixtures("no_store")
@@ -293,7 +306,7 @@ def test_init_writes_what_the_cluster_has(full: ApiServer, tmp_path: Path, capsy
     text = path.read_text()
     for words in (
         '# workload: "jobset"',
-        "# gpus_per_node: 4  # as 1 nodes have",
+        "# ranks_per_node: 4  # for 1 node\n# gpus_per_node: 4\n",
         '# priority_class: "deadline"  # 1000\n',
         '# priority_class: "spare"  # -10, the default, never preempts',
         '# mounts: [{"path": "/runs", "pvc": "runs"}]',

@@ -143,7 +143,7 @@ SITES = {
         "",
     ),
     "the user's signal, as 23.02 has it": (
-        {CONFIG: {"PreemptMode             =": "PreemptParameters       = send_user_signal\nPreemptMode             ="}},
+        {CONFIG: {"PreemptMode             =": "PreemptParameters = send_user_signal\nPreemptMode             ="}},
         "send_user_signal",
         "ok",
         "told at once",
@@ -264,6 +264,27 @@ def test_a_site_that_is_otherwise(replay: Replay, capsys: pytest.CaptureFixture[
     assert remedy in checks[name]["remedy"]
     assert bool(checks[name]["remedy"]) == (result != "ok")
     assert code == (1 if result == "fail" else 0)
+
+
+def test_many_partitions_of_one_kind_are_one_check(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, errors = RECORDED[PARTITIONS]
+    many = "".join(text.splitlines(keepends=True)[0].replace("=low ", f"=p{number} ") for number in range(100))
+    replay({PARTITIONS: [code, many, errors]})
+    _, checks = doctor(capsys)
+    check = checks["preemption: p0 and 99 more"]
+    assert check["found"].endswith(", p98, p99")
+
+
+@pytest.mark.parametrize(
+    ("state", "usable"),
+    [
+        *(("IDLE", True), ("MIXED", True), ("ALLOCATED", True), ("IDLE+CLOUD+POWERED_DOWN", True)),
+        *(("DOWN*", False), ("IDLE+DRAIN", False), ("MIXED+DRAIN", False), ("FUTURE", False)),
+    ],
+)
+def test_which_nodes_count(state: str, usable: bool) -> None:
+    text = RECORDED[NODES][1].replace("State=IDLE", f"State={state}")
+    assert {node.usable for node in slurm.parse_nodes(text)} == {usable}
 
 
 def test_the_time_to_save_is_held_against_the_configuration(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
