@@ -29,7 +29,7 @@ class Check:
 @dataclass(frozen=True)
 class Probe:
     """A question, and the checks that its answer gives. ``ask`` may block and raise: both become a failed check, with
-    ``remedy`` where the error names none."""
+    ``remedy`` where there is no answer, or the error names none."""
 
     section: str
     name: str
@@ -61,7 +61,7 @@ def run(
     return [
         check
         for number, probe in enumerate(probes)
-        for check in found.get(number, [Check(probe.section, probe.name, "fail", late, remedy)])
+        for check in found.get(number, [Check(probe.section, probe.name, "fail", late, probe.remedy or remedy)])
     ]
 
 

@@ -136,8 +136,11 @@ def _stores(configs: dict[str, RunConfig], runs_url: str | None, asked: bool) ->
 
 
 def _trip(url: str) -> Probe:
-    remedy = "check the URL, the network, and the credentials and endpoint of this store (AWS_*)"
-    return Probe(stores.SECTION, "round trip", lambda: stores.check(url), remedy if "://" in url else "")
+    if "://" in url:
+        remedy = f"check {url}: the network, and the credentials and endpoint of this store (AWS_*)"
+    else:
+        remedy = f"check that the file server of {url} answers: ls {url}"
+    return Probe(stores.SECTION, "round trip", lambda: stores.check(url), remedy)
 
 
 def _reach(backend: str, config: RunConfig, url: str) -> Probe:

@@ -227,7 +227,7 @@ def test_a_store_that_is_not_there_is_a_failed_check(dead_port, tmp_path):
     found = by_name(Check(**each) for each in json.loads(done.stdout)["checks"])
     assert found["round trip"].result == "fail"
     assert "s3://elsewhere/runs: the store did not answer" in found["round trip"].found
-    assert found["round trip"].remedy.startswith("check the URL")
+    assert found["round trip"].remedy.startswith("check s3://elsewhere/runs")
     assert "Traceback" not in done.stderr
     blocked = tmp_path / "file"
     blocked.write_text("")
