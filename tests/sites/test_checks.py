@@ -81,6 +81,17 @@ def test_a_pipe_gets_whole_lines(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["a", "warn", "to", "1"]
 
 
+def test_who_waits_without_a_terminal_is_told_for_what(monkeypatch, capsys):
+    monkeypatch.setattr(table, "LATE_S", 0.0)
+    with table.waiting() as tell:
+        tell(1, 3, ["torch", "round trip"])
+    assert capsys.readouterr().err.startswith("llmops: 1 of 3 have answered; waiting for torch, round trip, for ")
+    monkeypatch.setattr(table, "LATE_S", 60.0)
+    with table.waiting() as tell:
+        tell(1, 3, ["torch"])
+    assert capsys.readouterr().err == ""
+
+
 # --- this machine ----------------------------------------------------------------------------------------------------
 
 HEADER = "| NVIDIA-SMI 580.82.07    Driver Version: 580.82.07    CUDA Version: 13.0     |"
@@ -214,7 +225,13 @@ def test_an_object_store_makes_the_round_trip(s3_url):
 
 
 def test_a_store_that_is_not_there_is_a_failed_check(dead_port, tmp_path):
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1"}
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")  # not asked about here
+    keys = {
+        "PYTHONPATH": str(tmp_path),
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "llmops", "doctor", "--backend", "local", "--runs-url", "s3://elsewhere/runs", "--json"],
         env={**os.environ, **keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{dead_port}"},
