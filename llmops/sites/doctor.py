@@ -87,6 +87,8 @@ def _local(config: RunConfig, timeout: float) -> list[Probe]:
 def _slurm(config: RunConfig, timeout: float) -> list[Probe]:
     cluster, save_s, name = config.cluster, config.checkpoint.save_seconds, slurm_checks.SECTION
     assert isinstance(cluster, SlurmCluster)
+    if cluster.host is not None:
+        raise UserError(f"cluster.host={cluster.host}: the doctor looks at its own machine; run it on that host")
     probes = [Probe(name, "commands", slurm_checks.commands)]
     if not _slurm_here():
         return probes  # the others would only say the same

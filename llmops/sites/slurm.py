@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmops.backends.slurm import call
+from llmops.backends.slurm_machine import Here
 from llmops.config.schema import time_limit_seconds
 from llmops.errors import ClusterError
 
@@ -68,7 +68,7 @@ class Qos:
 
 def ask(timeout: float, *command: str) -> str:
     """The output of one of SLURM's commands. Raises :class:`ClusterError` with its complaint."""
-    code, output, errors = call(*command, timeout=timeout)
+    code, output, errors = Here().call(*command, timeout=timeout)
     if code:
         told = errors or " ".join(output.split()) or f"it returned {code}"
         raise ClusterError(f"{' '.join(command[:3])}: {told}; is the daemon up, and this machine one of its clients?")

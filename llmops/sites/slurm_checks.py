@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
-from llmops.backends.slurm import call
+from llmops.backends.slurm_machine import Here
 from llmops.config.schema import SlurmCluster
 from llmops.errors import ClusterError
 from llmops.runs.records import whoami
@@ -188,7 +188,7 @@ def accounting(timeout: float) -> list[Check]:
         return [
             line("accounting", "warn", told, "ask for slurmdbd; until then `llmops status` has the run store alone")
         ]
-    code, _, errors = call("sacct", "-n", "-X", "-P", "-S", "now", "-o", "jobid", timeout=timeout)
+    code, _, errors = Here().call("sacct", "-n", "-X", "-P", "-S", "now", "-o", "jobid", timeout=timeout)
     if code:
         remedy = "tell the administrator that slurmdbd does not answer; running jobs go on"
         return [line("accounting", "fail", f"sacct: {errors or f'returned {code}'}", remedy)]
@@ -210,7 +210,7 @@ def submission(timeout: float, cluster: SlurmCluster) -> list[Check]:
     """Would a job be taken? ``sbatch --test-only`` submits none."""
     given = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
     options = [f"--{name}={value}" for name, value in given.items() if value]
-    code, output, errors = call("sbatch", "--test-only", *options, "--wrap=true", timeout=timeout)
+    code, output, errors = Here().call("sbatch", "--test-only", *options, "--wrap=true", timeout=timeout)
     text = errors or " ".join(output.split())
     if code:
         chosen = ", ".join(f"cluster.{name}={value}" for name, value in given.items() if value)
