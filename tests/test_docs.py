@@ -113,6 +113,7 @@ SHOWN = {
         "did you mean log_dir?",
         "exit code 2",
     ],
+    "doctor.md": ["folder called cluster", "ships cluster/k8s.yaml", "ranks meet", '"result": "ok"', "put "],
     "slurm.md": ["finished", "cluster.nodes=99", "exit code 2", "a token of 17 characters"],
 }
 

@@ -26,6 +26,8 @@ VERBS = {
     "cancel": "end runs for good",
     "sweep": "run a configuration with many values, as one study; also sweep status|report|best|resume",
     "metrics": "serve run states to Prometheus, and tell it where jobs serve theirs",
+    "init": "ask a cluster what it has, and write a configuration for it",
+    "doctor": "what works here, what is missing, and how to fix it",
     "ckpt": "list, check, name and remove checkpoints",
     "diff": "how two runs differ: configuration, code, environment, data, results",
     "clone": "a new run with the configuration of another, and what you change",

@@ -90,6 +90,11 @@ class Api:
                 return items, str(page["metadata"].get("resourceVersion") or "")
         raise ClusterError(f"{self.server}: a list of {resource.plural} in {namespace} does not end")
 
+    def date(self) -> str:
+        """The Date header of an answer, empty where there is none. One try."""
+        answer = self._send("GET", "/version", None, None, None, CONNECT_S, READ_S)
+        return str(answer.headers.get("Date") or "")
+
     def stream(self, path: str, query: Mapping[str, Any], read_s: float) -> Any:
         """An open answer (urllib3's); the caller reads and closes it. One try: who follows reconnects anyhow."""
         answer = self._send("GET", path, query, None, None, CONNECT_S, read_s, stream=True)

@@ -20,7 +20,8 @@ from tests.k8s.api.store import KINDS, POD, Change, Kind, Object, Refusal, Store
 ADMIN = "admin-token"
 _PATH = re.compile(
     r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
-    r"(?:/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?)?"
+    r"(?:/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
+    r"|/(?P<wide>[^/]+)(?:/(?P<wide_name>[^/]+))?)?"
 )
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
@@ -59,6 +60,7 @@ class ApiServer:
         self.streams = 0  # watches and followed logs that are open
         self.generation = 0  # raised to break them off
         self.watch_s = 60.0  # at most
+        self.version = {"major": "1", "minor": "36", "gitVersion": "v1.36.2", "platform": "linux/amd64"}
         owner = self
 
         class Handler(_Handler):
@@ -158,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(url.query))
         match = _PATH.fullmatch(unquote(url.path))
         parts = match.groupdict() if match else {}
+        if parts.get("wide"):  # of the whole cluster
+            parts |= {"plural": parts["wide"], "name": parts["wide_name"]}
         verb = _VERBS.get(self.command) or ("watch" if query.get("watch") else "get" if parts.get("name") else "list")
         resource = "/".join(p for p in (parts.get("plural"), parts.get("sub")) if p)
         resource = f"{parts.get('group') or ''}/{resource}" if resource else ""
@@ -190,16 +194,25 @@ class _Handler(BaseHTTPRequestHandler):
         """Carry the request out; what is returned sends the answer."""
         user, rules = self._user()
         kinds = [each for each in KINDS if each.group not in self.api.absent]
+        if request.path == "/version":  # everybody may ask, known or not
+            return lambda: self._json(200, self.api.version)
+        if request.path == "/apis" and user != "system:anonymous":
+            return lambda: self._json(200, _groups(kinds))
         group, version = parts.get("group") or "", parts.get("version") or parts.get("core")
         here = [each for each in kinds if (each.group, each.version) == (group, version)]
         plural, namespace, name = parts.get("plural"), parts.get("namespace") or "", parts.get("name") or ""
-        if plural:
+        review = plural == "selfsubjectaccessreviews" and user != "system:anonymous"
+        if plural and not review:
             self._authorise(user, rules, request, group, parts)
-        kind = next((each for each in here if each.plural == plural), None)
+        if review and request.method == "POST":
+            return lambda: self._json(201, _reviewed(request.body, rules))
+        # A namespaced kind without its namespace, in all of them, is nothing that llmops asks for.
+        fitting = (each for each in here if each.plural == plural and each.namespaced == (parts["wide"] is None))
+        kind = next(fitting, None)
         if not here or (plural and kind is None):
             return lambda: self.answer(404, {"Content-Type": "text/plain; charset=utf-8"}, b"404 page not found\n")
         if kind is None:
-            found = [{"name": each.plural, "kind": each.kind, "namespaced": True} for each in here]
+            found = [{"name": each.plural, "kind": each.kind, "namespaced": each.namespaced} for each in here]
             listed = {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": here[0].api_version}
             return lambda: self._json(200, {**listed, "resources": found})
         return self._object(request, kind, namespace, name, parts.get("sub") or "")
@@ -246,18 +259,14 @@ class _Handler(BaseHTTPRequestHandler):
         self, user: str, rules: list[Object] | None, request: Request, group: str, parts: dict[str, Any]
     ) -> None:
         resource = request.resource.split("/", 1)[1]
-        allowed = rules is None or any(
-            group in rule["apiGroups"] and resource in rule["resources"] and request.verb in rule["verbs"]
-            for rule in rules
-        )
-        if allowed:
+        if _allows(rules, group, resource, request.verb):
             return
         plural, name = parts["plural"], parts.get("name") or ""
         kind = Kind(group, "", plural, "")
         about = f'{kind.named} "{name}"' if name else kind.named
         message = (
             f'{about} is forbidden: User "{user}" cannot {request.verb} resource "{resource}" in API group "{group}" '
-            f'in the namespace "{parts["namespace"]}"'
+            + (f'in the namespace "{parts["namespace"]}"' if parts["namespace"] else "at the cluster scope")
         )
         raise Refusal(403, "Forbidden", message, kind.details(name))
 
@@ -362,6 +371,37 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 self.api.streams -= 1
         self._chunk(b"")
+
+
+def _allows(rules: list[Object] | None, group: str, resource: str, verb: str) -> bool:
+    return rules is None or any(
+        group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"] for rule in rules
+    )
+
+
+def _reviewed(body: Object, rules: list[Object] | None) -> Object:
+    """A SelfSubjectAccessReview with its answer. Rules are of one namespace: ``namespace`` in a rule, else of all."""
+    asked = body["spec"]["resourceAttributes"]
+    resource = asked["resource"] + (f"/{asked['subresource']}" if asked.get("subresource") else "")
+    here = None if rules is None else [each for each in rules if each.get("namespace") in (None, asked["namespace"])]
+    allowed = _allows(here, asked.get("group", ""), resource, asked["verb"])
+    status = {"allowed": allowed, **({"reason": "RBAC: allowed"} if allowed else {})}
+    spec = {"resourceAttributes": {key: value for key, value in asked.items() if value}}
+    return {"kind": body["kind"], "apiVersion": body["apiVersion"], "metadata": {}, "spec": spec, "status": status}
+
+
+def _groups(kinds: list[Kind]) -> Object:
+    """What ``/apis`` answers: of each group its versions, the one that is preferred first."""
+    versions: dict[str, list[str]] = {}
+    for each in kinds:
+        if each.group and each.version not in versions.setdefault(each.group, []):
+            versions[each.group].append(each.version)
+    listed = {
+        group: [{"groupVersion": f"{group}/{version}", "version": version} for version in found]
+        for group, found in versions.items()
+    }
+    groups = [{"name": group, "versions": found, "preferredVersion": found[0]} for group, found in listed.items()]
+    return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
 
 
 def _event(change: Change, fits: Callable[[Object], bool]) -> tuple[str, Object]:

@@ -19,6 +19,7 @@ class Kind(NamedTuple):
     version: str
     plural: str
     kind: str
+    namespaced: bool = True
 
     @property
     def api_version(self) -> str:
@@ -31,7 +32,7 @@ class Kind(NamedTuple):
 
     @property
     def custom(self) -> bool:
-        return "." in self.group
+        return "." in self.group and not self.group.endswith(".k8s.io")
 
     def details(self, name: str = "") -> Object:
         return {
@@ -47,6 +48,15 @@ KINDS = [
     Kind("", "v1", "configmaps", "ConfigMap"),
     Kind("", "v1", "services", "Service"),
     Kind("", "v1", "secrets", "Secret"),
+    Kind("", "v1", "namespaces", "Namespace", False),
+    Kind("", "v1", "nodes", "Node", False),
+    Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim"),
+    Kind("", "v1", "resourcequotas", "ResourceQuota"),
+    Kind("storage.k8s.io", "v1", "storageclasses", "StorageClass", False),
+    Kind("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", False),
+    Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue"),
+    Kind("kueue.x-k8s.io", "v1beta1", "localqueues", "LocalQueue"),
+    Kind("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", False),
     Kind("batch", "v1", "jobs", "Job"),
     Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob"),
     Kind("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet"),
@@ -102,8 +112,8 @@ class Store:
         kind = next(each for each in KINDS if (each.api_version, each.kind) == (item["apiVersion"], item["kind"]))
         with self.changed:
             new = copy.deepcopy(dict(item))
-            self._complete(new, namespace)
-            key = (kind, new["metadata"]["namespace"], new["metadata"]["name"])
+            self._complete(new, namespace if kind.namespaced else "")
+            key = (kind, new["metadata"].get("namespace", ""), new["metadata"]["name"])
             before = self.objects.get(key)
             self._write(key, new, "MODIFIED" if before else "ADDED", before)
             return new
@@ -220,7 +230,8 @@ class Store:
 
     def _complete(self, item: Object, namespace: str) -> None:
         metadata = item.setdefault("metadata", {})
-        metadata.setdefault("namespace", namespace)
+        if namespace:
+            metadata.setdefault("namespace", namespace)
         metadata.setdefault("uid", str(uuid.uuid4()))
         metadata.setdefault("creationTimestamp", now())
         metadata.setdefault("generation", 1)

@@ -73,7 +73,8 @@ _ALONE = """
     notfound/list-pods-in-absent-namespace notfound/log-of-absent-pod auth/401-bad-token auth/403-anonymous
     auth/403-list-secrets auth/403-jobsets-no-rule auth/403-create-job-other-ns auth/403-create-pytorchjob-other-ns
     auth/403-get-secret auth/403-absent-group auth/403-pod-exec auth/403-dryrun-needs-create
-    auth/403-nonexistent-namespace list/empty list/empty-crd list/bad-resourceVersion watch/bad-resourceVersion
+    auth/403-list-nodes auth/403-nonexistent-namespace list/empty list/empty-crd list/bad-resourceVersion
+    watch/bad-resourceVersion
     pytorchjob/create jobset/create trainjob/create jobs/create-indexed
 """
 ALONE = _ALONE.split()
@@ -222,3 +223,34 @@ def test_what_leaves_a_selector_is_deleted_for_its_watch(real: ApiServer) -> Non
 
 def _kept(event: dict[str, Any]) -> tuple[Any, ...]:
     return event["type"], event["object"]["metadata"]["labels"], event["object"]["data"]
+
+
+REVIEWS = ["ssar-create-jobs-team-a", "ssar-create-jobs-rec-api", "ssar-create-jobsets-team-a", "ssar-subresource-log"]
+
+
+@pytest.mark.parametrize("name", REVIEWS)
+def test_a_review_of_rights_is_answered_as_recorded(real: ApiServer, name: str) -> None:
+    """Alice's rules are those that the server itself listed, for this namespace."""
+    rules = recorded.body("auth/ssrr")["status"]["resourceRules"]
+    real.users["alice-token"] = ("alice", [{**rule, "namespace": "team-a"} for rule in rules])
+    told = recorded.answer(f"auth/{name}")
+    status, kind, body = replay(real, told)
+    assert (status, kind) == (told["status"], told["headers"]["Content-Type"])
+    assert isinstance(body, dict)
+    for answer in (body, told["body"]):  # which binding allows it is the server's own
+        answer.get("status", {}).pop("reason", None)
+    assert body == told["body"]
+
+
+def test_groups_and_version_are_told_as_recorded(real: ApiServer) -> None:
+    _, _, apis = replay(real, recorded.answer("discovery/apis"))
+    assert isinstance(apis, dict)
+    told = {each["name"]: each for each in recorded.body("discovery/apis")["groups"]}
+    mine = {each["name"]: each for each in apis["groups"]}
+    both = mine.keys() & told.keys()
+    assert {"batch", "kubeflow.org", "kueue.x-k8s.io", "storage.k8s.io", "scheduling.k8s.io"} <= both
+    assert {name: mine[name] for name in both} == {name: told[name] for name in both}
+    assert apis["kind"] == recorded.body("discovery/apis")["kind"]
+    _, _, version = replay(real, recorded.answer("discovery/version"))
+    assert isinstance(version, dict)
+    assert version.items() <= recorded.body("discovery/version").items()

@@ -26,7 +26,13 @@ CORE = {
     ("rbac.authorization.k8s.io/v1", "RoleBinding"): "io.k8s.api.rbac.v1.RoleBinding",
     ("scheduling.k8s.io/v1", "PriorityClass"): "io.k8s.api.scheduling.v1.PriorityClass",
 }
-PACKAGED = {("apps/v1", "Deployment")}  # of which no schema was recorded
+PACKAGED = {  # of which no schema was recorded
+    ("apps/v1", "Deployment"),
+    ("authorization.k8s.io/v1", "SelfSubjectAccessReview"),
+    ("storage.k8s.io/v1", "StorageClass"),
+    ("v1", "Node"),
+    ("v1", "ResourceQuota"),
+}
 # Kinds of schedulers and monitors whose schemas are not at hand, as far as the templates use them.
 OTHER = {
     "scheduling.volcano.sh/v1beta1": {"minMember": {"type": "integer", "minimum": 1}},
