@@ -125,4 +125,12 @@ EXAMPLES = {
   source <(llmops completion zsh)
   llmops completion fish > ~/.config/fish/completions/llmops.fish
 """,
+    "init": """\
+  llmops init
+  llmops init --backend k8s --output conf/cluster/team.yaml
+""",
+    "doctor": """\
+  llmops doctor
+  llmops doctor --backend slurm --runs-url s3://bucket/runs --json
+""",
 }
