@@ -98,7 +98,7 @@ class Engine:
     def request(self, prompt: Sequence[int], sampling: Sampling, tell_prompt: bool = False) -> Request:
         """A request that can be submitted. Raises ValueError for a prompt that is empty or leaves no room."""
         allowed = room(0, prompt, sampling, self.limit)
-        return Request(Text(Row(sampling, list(prompt)), self.tokenizer), allowed, tell_prompt)
+        return Request(Text(Row(sampling, prompt), self.tokenizer), allowed, tell_prompt)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue all of them. Raises Busy where there is no room for all."""
@@ -184,7 +184,7 @@ class Engine:
         for request in list(self.running):
             # Who is preempted here is younger than all that have their place in the plan.
             if request.blocks and len(request.tokens) - request.computed == 1 and self._grow(request):
-                work.append((request, 1))
+                work.append((request, 1))  # noqa: PERF401 - running gets shorter meanwhile
         left = self.step_tokens - len(work)
         placed = {request for request, _ in work}
         for request in self.running:
