@@ -109,6 +109,8 @@ async def _serve(
     server = _http(service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
+        while not (server.started or serving.done()):
+            await asyncio.wait({serving}, timeout=0.01)
         _announce(config, name, listener, step)
         beat = 0.0
         while not (interrupted.is_set() or control.stop_requested() or service.engine.failed or serving.done()):
@@ -165,11 +167,11 @@ def _announce(config: ServeConfig, name: str, listener: socket.socket, step: int
     """Tell where it listens: on stdout, and in the run's directory where it is a run's job."""
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"serving {name} (step {step}) at http://{host}:{port}/v1", flush=True)
     if url := os.environ.get("LLMOPS_RUN_URL"):
         record = {"host": config.host, "port": port, "node": socket.gethostname(), "model": name, "step": step,
                   "time": time.time(), "attempt": os.environ.get("LLMOPS_ATTEMPT")}  # fmt: skip
         open_storage(url).replace(ENDPOINT, json.dumps(record).encode())
+    print(f"serving {name} (step {step}) at http://{host}:{port}/v1", flush=True)
 
 
 def _engine(run_url: str, serving: ServingConfig, config: ServeConfig) -> "tuple[Callable[..., Engine], Commit]":

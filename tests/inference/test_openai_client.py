@@ -82,7 +82,10 @@ def test_logprobs_and_echo(client: openai.OpenAI) -> None:
     assert choice.text.startswith(PROMPT)
     told = choice.logprobs
     assert told is not None
-    assert told.tokens and told.token_logprobs and told.top_logprobs and told.text_offset is not None
+    assert told.tokens
+    assert told.token_logprobs
+    assert told.top_logprobs
+    assert told.text_offset is not None
     assert "".join(told.tokens) == choice.text
     assert told.token_logprobs[0] is None
     assert all(value is not None and value < 0 for value in told.token_logprobs[1:])
@@ -137,9 +140,9 @@ def test_stops_seeds_and_penalties(client: openai.OpenAI) -> None:
 
 
 def test_errors(client: openai.OpenAI, server: ServerProcess) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
     with pytest.raises(openai.NotFoundError, match="there is no model gpt-4"):
         client.completions.create(model="gpt-4", prompt=PROMPT)
     refused: list[tuple[dict[str, Any], str]] = [
