@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from llm.checkpoint.format import CheckpointError, Commit, Manifest
 from llm.checkpoint.lineage import newest_commit, read_manifest, read_part
-from llm.checkpoint.retention import chain
 from llm.data.streaming import TOKENIZER
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.transformer import Transformer
@@ -60,19 +57,6 @@ def load_model(
     pieces = local_pieces({f"model.{name}": value for name, value in trained(parameters).items()})
     load_tensors(storage, commit, manifest, pieces, world, prefixes=("model.",))
     return model.to(dtype).eval().requires_grad_(False), commit
-
-
-def find_commit(run_url: str, step: int | Literal["newest"]) -> Commit:
-    """The commit of a run's step that counts. Raises CheckpointError where there is none."""
-    storage = open_storage(run_url)
-    newest = newest_commit(storage)
-    if newest is None:
-        raise CheckpointError(f"{run_url} holds no committed checkpoint yet")
-    there = [newest] if step == "newest" else [commit for commit in chain(storage, newest) if commit.step == step]
-    if not there:
-        steps = ", ".join(str(commit.step) for commit in chain(storage, newest)[-20:])
-        raise CheckpointError(f"step={step}: {run_url} has no checkpoint of it; there are those of {steps}")
-    return there[0]
 
 
 def _as_saved(model: Transformer, storage: Storage, commit: Commit, manifest: Manifest) -> Transformer:

@@ -168,7 +168,7 @@ def _announce(config: ServeConfig, name: str, listener: socket.socket, step: int
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     if url := os.environ.get("LLMOPS_RUN_URL"):
-        record = {"host": config.host, "port": port, "node": socket.gethostname(), "model": name, "step": step,
+        record = {"host": config.host, "port": port, "node": os.environ.get("LLMOPS_POD") or socket.gethostname(), "model": name, "step": step,
                   "time": time.time(), "attempt": os.environ.get("LLMOPS_ATTEMPT")}  # fmt: skip
         open_storage(url).replace(ENDPOINT, json.dumps(record).encode())
     print(f"serving {name} (step {step}) at http://{host}:{port}/v1", flush=True)
@@ -178,13 +178,14 @@ def _engine(run_url: str, serving: ServingConfig, config: ServeConfig) -> "tuple
     import torch
 
     from llm.inference.batching import Engine
-    from llm.inference.load import find_commit, load_model, load_run_tokenizer
+    from llm.eval.watch import select
+    from llm.inference.load import load_model, load_run_tokenizer
     from llm.inference.paged import BLOCK, block_bytes
 
     training = load(f"{run_url.rstrip('/')}/config.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
-    model, commit = load_model(training, run_url, device, dtype, find_commit(run_url, serving.step))
+    model, commit = load_model(training, run_url, device, dtype, select(open_storage(run_url), serving.step))
     tokenizer = load_run_tokenizer(run_url, commit)
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
     blocks = memory_blocks(config, training.model.max_seq_len, BLOCK, block_bytes(training.model, dtype), free)
