@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e '.[serve,bench]'
     python benchmarks/serving.py [--clients 1] [--clients 8] [--clients 64] [--rounds 5] [--json FILE] [SERVER ...]
 
-About 20 M parameters (``SHAPE``), prompts of some 32 tokens that differ, 64 new ones, greedy, float32, 2 threads. Each
+20.8 M parameters, prompts of some 32 tokens that differ, 64 new ones, greedy, float32, 2 threads. Each
 client streams one completion after the other over HTTP. ``transformers`` is ``transformers serve`` as it comes,
 ``transformers-batching`` the same with its continuous batching. The servers run side by side and take turns: a round is
 all clients on one server, and ratios are of rounds that follow each other.
@@ -30,10 +30,7 @@ TREE = Path(__file__).parents[1]
 ALL = ("transformers", "transformers-batching", "ours")
 WORDS, NEW, THREADS, EACH = 24, 64, 2, 2  # words of a prompt, new tokens, threads of a server, completions of a client
 PATIENCE_S = 600.0
-SHAPE = {
-    "name": "20M", "vocab_size": 4096, "dim": 384, "n_layers": 10, "n_heads": 6, "n_kv_heads": 6, "ffn_dim": 1024,
-    "max_seq_len": 256,
-}  # fmt: skip
+VOCABULARY = 4096
 
 
 def python(*arguments: str) -> None:
@@ -45,22 +42,24 @@ def python(*arguments: str) -> None:
 
 
 def make_models(folder: Path) -> tuple[Path, Path]:
-    """A run of one step, and its weights as a folder of Hugging Face's."""
+    """The same random weights as a run, and as a folder of Hugging Face's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     tokenizer, run, exported = folder / "tokenizer.json", folder / "run", folder / "hf"
-    python("llm.tools.train_tokenizer", "--vocab-size", "4096", "--output", str(tokenizer), "embedded:shakespeare")
-    config = {
-        "model": SHAPE,
-        "train": {"max_steps": 1, "seq_len": 128, "global_batch_size": 2, "micro_batch_size": 2, "lr": 1e-4,
-                  "warmup_steps": 1},
-        "dist": {},
-        "data": {"source": "embedded:shakespeare", "tokenizer": str(tokenizer)},
-        "eval": {"batches": 1},
-        "checkpoint": {"every_steps": 1},
-    }  # fmt: skip
-    run.mkdir()
-    (run / "config.yaml").write_text(json.dumps(config))
-    python("llm.train", "--config", str(run / "config.yaml"), "--run-url", str(run))
-    python("llm.tools.export_hf", str(run), str(exported))
+    python(
+        "llm.tools.train_tokenizer", "--vocab-size", str(VOCABULARY), "--output", str(tokenizer), "embedded:shakespeare"
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=10,
+            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256, bos_token_id=None,
+            eos_token_id=None, pad_token_id=None,
+        )
+    ).save_pretrained(exported)  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(exported)
+    python("llm.tools.convert", "import", str(exported), str(run))
     return run, exported
 
 
