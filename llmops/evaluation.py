@@ -1,4 +1,5 @@
-"""Runs that evaluate or serve another run (``task=eval``, ``task=serve``), and those that go along with a training (``eval.every=commit``)."""
+"""Runs that evaluate (``task=eval``) or serve (``task=serve``) another run, and those that evaluate a training as it goes
+(``eval.every=commit``)."""
 
 from __future__ import annotations
 

@@ -168,8 +168,15 @@ def _announce(config: ServeConfig, name: str, listener: socket.socket, step: int
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     if url := os.environ.get("LLMOPS_RUN_URL"):
-        record = {"host": config.host, "port": port, "node": os.environ.get("LLMOPS_POD") or socket.gethostname(), "model": name, "step": step,
-                  "time": time.time(), "attempt": os.environ.get("LLMOPS_ATTEMPT")}  # fmt: skip
+        record = {
+            "host": config.host,
+            "port": port,
+            "node": os.environ.get("LLMOPS_POD") or socket.gethostname(),
+            "model": name,
+            "step": step,
+            "time": time.time(),
+            "attempt": os.environ.get("LLMOPS_ATTEMPT"),
+        }
         open_storage(url).replace(ENDPOINT, json.dumps(record).encode())
     print(f"serving {name} (step {step}) at http://{host}:{port}/v1", flush=True)
 
@@ -177,8 +184,8 @@ def _announce(config: ServeConfig, name: str, listener: socket.socket, step: int
 def _engine(run_url: str, serving: ServingConfig, config: ServeConfig) -> "tuple[Callable[..., Engine], Commit]":
     import torch
 
-    from llm.inference.batching import Engine
     from llm.eval.watch import select
+    from llm.inference.batching import Engine
     from llm.inference.load import load_model, load_run_tokenizer
     from llm.inference.paged import BLOCK, block_bytes
 

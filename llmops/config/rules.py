@@ -129,7 +129,9 @@ def check(config: RunConfig) -> None:
         _check_float8(config)
         _check_tasks(config)
     if config.task not in ("eval", "serve") and (config.run is not None or config.step != "newest" or config.follow):
-        raise UserError("run, step and follow say what is evaluated or served: add task=eval or serve, or leave them out")
+        raise UserError(
+            "run, step and follow say what is evaluated or served: add task=eval or serve, or leave them out"
+        )
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config, config.cluster)
     elif isinstance(config.cluster, K8sCluster):

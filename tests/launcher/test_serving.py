@@ -48,7 +48,7 @@ def test_a_model_is_served_until_it_is_cancelled_and_again(local: Launcher, tmp_
     assert complete(address(local, run_id, "1")) == text
     local.ok("cancel", "--graceful", run_id)
     value = local.wait(run_id, "cancelled")
-    assert [each["state"] for each in value["attempts"]] == ["stopped", "stopped"]
+    assert [each["state"] for each in value["attempts"]] == ["cancelled", "cancelled"]
 
 
 @pytest.mark.parametrize(
