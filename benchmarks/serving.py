@@ -5,8 +5,8 @@
 
 20.8 M parameters, prompts of some 32 tokens that differ, 64 new ones, greedy, float32, 2 threads. Each
 client streams one completion after the other over HTTP. ``transformers`` is ``transformers serve`` as it comes,
-``transformers-batching`` the same with its continuous batching. The servers run side by side and take turns: a round is
-all clients on one server, and ratios are of rounds that follow each other.
+``transformers-batching`` the same with its continuous batching. The servers take turns, and those that wait are
+halted: a round is all clients on one server, and ratios are of rounds that follow each other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -148,7 +149,9 @@ def compare(servers: list[Server], clients: int, rounds: int) -> list[dict[str, 
     found: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
     for number in range(rounds + 1):
         for server in servers:
+            server.process.send_signal(signal.SIGCONT)
             told = asyncio.run(server.round(clients, number))
+            server.process.send_signal(signal.SIGSTOP)  # some are busy even when they have nothing to do
             if number:  # the first warms up
                 found[server.name].append(told)
     base = found[servers[0].name]
@@ -182,7 +185,8 @@ def main() -> None:
         try:
             models = make_models(Path(folder))
             for name in arguments.servers or ALL:
-                servers.append(Server(name, *models))  # noqa: PERF401 - each is ended below, also where the next fails
+                servers.append(Server(name, *models))
+                servers[-1].process.send_signal(signal.SIGSTOP)
             rows = [
                 row
                 for clients in arguments.clients or (1, 8, 64)
@@ -190,6 +194,7 @@ def main() -> None:
             ]
         finally:
             for server in servers:
+                server.process.send_signal(signal.SIGCONT)
                 server.process.terminate()
                 server.process.wait(PATIENCE_S)
     print(f"{'clients':>7} {'':<22} {'tokens/s':>9} {'speed-up':>9} {'first token ms':>15} {'ratio':>7}")

@@ -1,4 +1,4 @@
-"""Runs that evaluate (``task=eval``) or serve (``task=serve``) another run, and those that evaluate a training as it goes
+"""Runs that evaluate (``task=eval``) or serve (``task=serve``) another run, and those that go along with a training
 (``eval.every=commit``)."""
 
 from __future__ import annotations
