@@ -121,14 +121,20 @@ class _Encoder:
         return np.concatenate(tokens), np.concatenate(loss)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """As ``encode_prompt``; turns of the assistant's are cut into tokens as they were in training."""
+        """As ``encode_prompt``; turns of the assistant's are cut into tokens as they were in training, where
+        the template tells them from the rest."""
         return [token for span in self._encode(messages, True) for token in span]
 
     def _encode(self, messages: Sequence[Message], prompt: bool) -> list[list[int]]:
         """Tokens of the rendered text in spans, every other one the assistant's."""
         wedge = "".join(secrets.choice("0123456789") for _ in range(24))  # survives upper, trim and tojson
         wedged = [self._wedged(message, wedge) for message in messages]
-        rendered = self.template.spans(wedged, self.variables, prompt)
+        try:
+            rendered = self.template.spans(wedged, self.variables, prompt)
+        except ConfigError:  # what the assistant wrote is not known
+            if not prompt:
+                raise
+            rendered = [self.template.render(wedged, True, self.variables)]
         if wedged != list(messages):
             plain = self.template.render(messages, prompt, self.variables)
             if "".join(rendered).replace(wedge, "") != plain:

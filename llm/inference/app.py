@@ -9,9 +9,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,6 +22,7 @@ from llm.data.chat import encode_prompt, turn_end
 from llm.data.tokenizer import Tokenizer
 from llm.inference.batching import Busy, Engine, Request, Update
 from llm.inference.event_stream import EventStream, disconnected
+from llm.inference.http_answers import broken, event, http_error, json_answer, refusal
 from llm.inference.openai_answers import Answer, ChatAnswer, CompletionAnswer, Piece
 from llm.inference.openai_types import (
     ChatBody,
@@ -92,7 +92,7 @@ class Service:
             Route("/readyz", self.readiness),
             Route("/metrics", self.told),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _broken})
+        return Starlette(routes=routes, exception_handlers={HTTPException: http_error, Exception: broken})
 
     def _gauges(self) -> None:
         engine, gauge = self.engine, self.metrics.gauge
@@ -115,7 +115,7 @@ class Service:
                 self._authorise(request)
                 answer = await work(request)
             except Refused as refused:
-                answer = _refusal(refused)
+                answer = refusal(refused)
             except ClientDisconnect:
                 answer = Response(status_code=GONE)
             self.metrics.answered(path, answer.status_code)
@@ -175,8 +175,8 @@ class Service:
                "max_model_len": self.engine.limit}  # fmt: skip
         if (name := http.path_params.get("name")) is not None:
             self._known(name)
-            return _json(own)
-        return _json({"object": "list", "data": [own]})
+            return json_answer(own)
+        return json_answer({"object": "list", "data": [own]})
 
     async def health(self, _: HttpRequest) -> Response:
         """``GET /healthz``: does it work at all?"""
@@ -276,7 +276,7 @@ class Service:
             gone.cancel()
         pieces = reader.take()
         self._check(pieces.values())
-        return _json(answer.whole([pieces[at] for at in range(len(answer.requests))]))
+        return json_answer(answer.whole([pieces[at] for at in range(len(answer.requests))]))
 
     async def _pieces(self, answer: Answer, reader: Reader, usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events."""
@@ -288,17 +288,17 @@ class Service:
             try:
                 self._check(pieces.values())
             except Refused as refused:
-                yield _event(refused.body())
+                yield event(refused.body())
                 return
             told = [
-                _event(answer.part(at, piece))
+                event(answer.part(at, piece))
                 for at, piece in pieces.items()
                 if piece.text or piece.chosen or piece.finish
             ]
             if told:
                 yield b"".join(told)
         if usage:
-            yield _event(answer.last())
+            yield event(answer.last())
         yield b"data: [DONE]\n\n"
 
     def _check(self, pieces: Iterable[Piece]) -> None:
@@ -311,31 +311,3 @@ class Service:
 
     def _leaving(self) -> Refused:
         return Refused(503, "the server is about to end: try again", code="shutting_down", retry_s=BUSIEST_S // 10)
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-def _json(data: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(data), status, headers, media_type="application/json")
-
-
-def _refusal(refused: Refused) -> Response:
-    headers = {} if refused.retry_s is None else {"Retry-After": str(refused.retry_s)}
-    if refused.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if refused.status in (408, 413):
-        headers["Connection"] = "close"  # what is left of the body is not read
-    return _json(refused.body(), refused.status, headers)
-
-
-def _http_error(_: HttpRequest, error: Exception) -> Response:
-    """Of the routes: no such path, or no such method."""
-    assert isinstance(error, HTTPException)
-    return _json(Refused(error.status_code, error.detail).body(), error.status_code, dict(error.headers or {}))
-
-
-def _broken(_: HttpRequest, error: Exception) -> Response:
-    """An error of ours; the trace is logged."""
-    return _refusal(Refused(500, f"the server failed: {type(error).__name__}", code="internal_error"))
