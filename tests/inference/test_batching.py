@@ -20,6 +20,7 @@ from tests.llm.test_hf_families import FAMILIES, ours, shape
 CPU = torch.device("cpu")
 PROMPTS = [[(7 * at + row) % 31 for at in range(length)] for row, length in enumerate((1, 3, 15, 16, 17, 33, 40))]
 LIMIT_S = 60.0
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Listener:

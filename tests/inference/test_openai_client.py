@@ -21,6 +21,7 @@ from tests.inference.server_process import KEY, LIMIT_S, ServerProcess, make_run
 
 PROMPT = "To be, or not to be"
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who's there?"}]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -28,15 +28,7 @@ from tests.inference.server_process import KEY, LIMIT_S, ServerProcess, make_run
 LONG = 4096  # tokens of a text that takes seconds
 LASTING = {"model": "hamlet", "prompt": "Who", "max_tokens": LONG, "ignore_eos": True, "stream": True}
 WRITE_S = 2.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The server computes beside us."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
