@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo 'make venv: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,data,eval,s3,k8s,sweep,ui,torchx,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,data,eval,s3,k8s,sweep,serve,ui,torchx,dev,docs]'
 	@touch $@
 
 demo: $(INSTALLED)

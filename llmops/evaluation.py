@@ -1,4 +1,5 @@
-"""Runs that evaluate another run (``task=eval``), and those that go along with a training (``eval.every=commit``)."""
+"""Runs that evaluate (``task=eval``) or serve (``task=serve``) another run, and those that go along with a training
+(``eval.every=commit``)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ SUFFIX = "-eval"  # of the name of a run that evaluates another
 
 
 def resolve(composed: Composed, runs: Store) -> Composed:
-    """With ``run`` as the URL of what it means, and a name. Raises UserError where there is nothing to evaluate.
+    """With ``run`` as the URL of what it means, and a name. Raises UserError where there is no checkpoint.
 
     ``run`` is a name or an id among ``runs``, or the path or URL of a run's directory.
     """
@@ -45,7 +46,8 @@ def resolve(composed: Composed, runs: Store) -> Composed:
             raise UserError(f"run={config.run}: {error}; `llmops ckpt verify {found.id}` looks closer") from error
         except OSError as error:
             raise ClusterError(f"run={config.run}: {error}") from error
-    return _composed(msgspec.structs.replace(config, run=found.store.job_url, name=config.name or _name(found.name)))
+    name = config.name or _name(found.name, f"-{config.task}")
+    return _composed(msgspec.structs.replace(config, run=found.store.job_url, name=name))
 
 
 def companion(config: RunConfig, name: str) -> RunConfig | None:
@@ -91,8 +93,8 @@ def _one_node(cluster: Any, ranks: int) -> LocalCluster | SlurmCluster | K8sClus
     return found
 
 
-def _name(name: str) -> str:
-    return name[: 100 - len(SUFFIX)] + SUFFIX
+def _name(name: str, suffix: str = SUFFIX) -> str:
+    return name[: 100 - len(suffix)] + suffix
 
 
 def _composed(config: RunConfig) -> Composed:

@@ -80,7 +80,7 @@ def prepare(composed: Composed, runs_url: str | None, again: bool = False) -> Pr
         except ConfigError as error:
             raise UserError(str(error)) from error
     runs, login = place(config, runs_url, again)
-    if config.task == "eval":
+    if config.task in ("eval", "serve"):
         from llmops.evaluation import resolve
 
         composed = resolve(composed, runs)
@@ -171,7 +171,8 @@ def job_spec(prepared: Prepared, submission: int, tag: str, config_path: str, or
     """What the supervisor will run."""
     config = prepared.config
     python = interpreter(prepared, origin.python)
-    program = f"llm.{config.task}" if config.task in ("train", "eval") else f"llm.tools.{config.task}"
+    programs = {"train": "llm.train", "eval": "llm.eval", "serve": "llm.inference.server"}
+    program = programs.get(config.task, f"llm.tools.{config.task}")
     built_in = [python, "-m", program, "--config", f"{prepared.run_url}/{config_path}"]
     values = {
         "runs_url": prepared.runs.job_url,

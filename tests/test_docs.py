@@ -70,6 +70,7 @@ SHOWN = {
         "model.safetensors.index.json",
         "adapters are halves",
     ],
+    "serving.md": ["bard at http://127.0.0.1:8123/v1", "'To be", "logit_bias unsupported_parameter"],
     "generation.md": [
         "guesses were right",
         "top_p=0.0: above 0, at most 1",

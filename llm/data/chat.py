@@ -59,6 +59,21 @@ def encode_chat(
     return _encoder(tokenizer, template).encode(messages)
 
 
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None) -> list[int]:
+    """Tokens of a conversation up to where the assistant is to write. Templates and errors as ``encode_chat``."""
+    check(messages, assistant=False)
+    return _encoder(tokenizer, template).prompt(messages)
+
+
+def turn_end(tokenizer: Tokenizer, template: str | None = None) -> int | None:
+    """The special token that ends a turn of the assistant's; None where the template writes none."""
+    tokens, own = encode_chat(
+        tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], template
+    )
+    last = int(tokens[own][-1])
+    return last if last in tokenizer.special.values() else None
+
+
 def check(messages: object, assistant: bool = True) -> None:
     """Raises ValueError, in one line, for what is no conversation (with a turn of the assistant's)."""
     if not isinstance(messages, list | tuple) or not messages:
@@ -100,18 +115,32 @@ class _Encoder:
 
     def encode(self, messages: Sequence[Message]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """As ``encode_chat``."""
-        wedge = "".join(secrets.choice("0123456789") for _ in range(24))  # survives upper, trim and tojson
-        wedged = [self._wedged(message, wedge) for message in messages]
-        rendered = self.template.spans(wedged, self.variables)
-        if wedged != list(messages):
-            plain = self.template.render(messages, False, self.variables)
-            if "".join(rendered).replace(wedge, "") != plain:
-                raise ValueError("messages: a content spells a special token, and the template acts on it")
-        spans = [self._parts(text, wedge) for text in _ended(rendered, self.controls)]
-        encoded = self.tokenizer.encode_spans(spans)
+        encoded = self._encode(messages, False)
         tokens = [np.array(span, np.uint32) for span in encoded]
         loss = [np.full(len(span), at % 2 == 1) for at, span in enumerate(encoded)]
         return np.concatenate(tokens), np.concatenate(loss)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As ``encode_prompt``; turns of the assistant's are cut into tokens as they were in training, where
+        the template tells them from the rest."""
+        return [token for span in self._encode(messages, True) for token in span]
+
+    def _encode(self, messages: Sequence[Message], prompt: bool) -> list[list[int]]:
+        """Tokens of the rendered text in spans, every other one the assistant's."""
+        wedge = "".join(secrets.choice("0123456789") for _ in range(24))  # survives upper, trim and tojson
+        wedged = [self._wedged(message, wedge) for message in messages]
+        try:
+            rendered = self.template.spans(wedged, self.variables, prompt)
+        except ConfigError:  # what the assistant wrote is not known
+            if not prompt:
+                raise
+            rendered = [self.template.render(wedged, True, self.variables)]
+        if wedged != list(messages):
+            plain = self.template.render(messages, prompt, self.variables)
+            if "".join(rendered).replace(wedge, "") != plain:
+                raise ValueError("messages: a content spells a special token, and the template acts on it")
+        spans = [self._parts(text, wedge) for text in _ended(rendered, self.controls)]
+        return self.tokenizer.encode_spans(spans)
 
     def _wedged(self, message: Message, wedge: str) -> Message:
         spelled = self.own if message["role"] == "assistant" else self.controls
@@ -141,12 +170,12 @@ class _Template:
         """The text. Raises ValueError for messages that the template refuses."""
         return self._render(messages, prompt, variables).replace(self.mark, "")
 
-    def spans(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[str]:
-        """The text in pieces, every other one the assistant's."""
-        text = self._render(messages, False, variables)
+    def spans(self, messages: Sequence[Message], variables: dict[str, Any], prompt: bool = False) -> list[str]:
+        """The text in pieces, every other one the assistant's; with ``prompt`` up to where its next one begins."""
+        text = self._render(messages, prompt, variables)
         if self.marks:
             pieces = text.split(self.mark)
-            if len(pieces) == 1:
+            if len(pieces) == 1 and any(message["role"] == "assistant" for message in messages):
                 raise ConfigError(
                     "chat_template: its {% generation %} marks nothing of a conversation with an assistant"
                 )

@@ -52,11 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(dry_run(prepared), end="")
         return 0
     scored = prepared.config.eval.every == "commit"
-    return show(api.submit(prepared), arguments, f"{prepared.name}-eval" if scored else None)
+    evaluation = f"{prepared.name}-eval" if scored else None
+    return show(api.submit(prepared), arguments, evaluation, prepared.config.task == "serve")
 
 
-def show(submitted: Run, arguments: argparse.Namespace, evaluation: str | None = None) -> int:
-    """Say what was submitted, with the run that evaluates it, and follow it if asked to."""
+def show(submitted: Run, arguments: argparse.Namespace, evaluation: str | None = None, serves: bool = False) -> int:
+    """Say what was submitted, with the run that evaluates it or where it is reached, and follow it if asked to."""
     if arguments.json:
         import json
 
@@ -65,6 +66,8 @@ def show(submitted: Run, arguments: argparse.Namespace, evaluation: str | None =
         print(f"submitted {submitted.id} ({submitted.backend} job {submitted.job_id})")
         print(f"  in      {submitted.url}")
         print(f"  follow  llmops logs -f {submitted.id}", flush=True)
+        if serves:
+            print(f"  reach   llmops status {submitted.id} tells the address once it serves", flush=True)
         if evaluation is not None:
             print(f"  scores  llmops status {submitted.id}; they are made by {evaluation}", flush=True)
     if arguments.follow:

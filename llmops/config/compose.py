@@ -13,6 +13,7 @@ import msgspec
 import llm.data.prepare.options
 import llm.estimate.hardware
 import llm.eval.options
+import llm.inference.serving
 import llm.utils.config
 import llmops.ssh.address
 from llmops import __version__
@@ -86,6 +87,7 @@ def _dependencies(files: groups.Groups) -> Iterator[tuple[str, bytes]]:
         llm.data.prepare.options,
         llm.estimate.hardware,
         llm.eval.options,
+        llm.inference.serving,
         llmops.ssh.address,
         sys.modules[__name__],
     ):

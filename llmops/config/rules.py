@@ -119,6 +119,8 @@ def check(config: RunConfig) -> None:
         _check_prepare(config)
     elif config.task == "eval":
         _check_evaluation(config)
+    elif config.task == "serve":
+        _check_serving(config)
     else:
         try:
             check_training(config, world_size(config))
@@ -126,8 +128,10 @@ def check(config: RunConfig) -> None:
             raise UserError(str(error)) from error
         _check_float8(config)
         _check_tasks(config)
-    if config.task != "eval" and (config.run is not None or config.step != "newest" or config.follow):
-        raise UserError("run, step and follow are of use to evaluations alone: add task=eval, or leave them out")
+    if config.task not in ("eval", "serve") and (config.run is not None or config.step != "newest" or config.follow):
+        raise UserError(
+            "run, step and follow say what is evaluated or served: add task=eval or serve, or leave them out"
+        )
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config, config.cluster)
     elif isinstance(config.cluster, K8sCluster):
@@ -171,6 +175,21 @@ def _check_evaluation(config: RunConfig) -> None:
     folder = config.eval.task_dir
     if folder is not None and not folder.startswith("/"):
         raise UserError(f"eval.task_dir={folder}: a job runs in a folder of its own; give an absolute path")
+
+
+def _check_serving(config: RunConfig) -> None:
+    if not config.run:
+        raise UserError("task=serve needs run=NAME, the run whose model is served; `llmops status` lists them")
+    if config.step == "every" or config.follow:
+        raise UserError("task=serve: one checkpoint is served; give step=N or step=newest, and no follow")
+    if world_size(config) > 1:
+        raise UserError(
+            f"task=serve runs as one process, and the cluster has {world_size(config)} ranks: set cluster.nodes=1 and "
+            "cluster.ranks_per_node=1"
+        )
+    name = config.serve.api_key_env
+    if name is not None and name not in config.secrets:
+        raise UserError(f"serve.api_key_env={name}: the job gets its value by secrets=[{name}]")
 
 
 def _check_tasks(config: RunConfig) -> None:

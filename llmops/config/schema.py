@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from llm.estimate.hardware import HardwareConfig
+from llm.inference.serving import ServeConfig
 from llm.utils.config import (
     CheckpointConfig,
     DataConfig,
@@ -290,7 +291,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str | None = None
     runs_url: str | None = None
-    task: Literal["train", "prepare_data", "eval"] = "train"
+    task: Literal["train", "prepare_data", "eval", "serve"] = "train"
     run: str | None = None
     step: PositiveInt | Literal["newest", "every"] = "newest"
     follow: bool = False
@@ -313,6 +314,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: DataConfig
     prepare: PrepareConfig = PrepareConfig()
     eval: EvalConfig
+    serve: ServeConfig = ServeConfig()
     checkpoint: CheckpointConfig
     hardware: HardwareConfig | None = None
 

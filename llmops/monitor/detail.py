@@ -11,6 +11,7 @@ from llmops.errors import ClusterError, UserError
 from llmops.job import JobView
 from llmops.monitor import goodput
 from llmops.monitor.describe import Described, describe_run, finite
+from llmops.monitor.endpoint import endpoint
 from llmops.monitor.scores import scores
 from llmops.runs.lineage import merged_metrics, segments
 from llmops.runs.model import Run
@@ -42,6 +43,7 @@ def detail(run: Run, job: JobView | None, now: float) -> Described:
         "series": {"step": [], "time": [], **{name: [] for name in CURVES}},
         "evals": [],
         "scores": [],
+        "endpoint": None,
         "checkpoints": [],
         "config_changes": [],
     }
@@ -49,6 +51,7 @@ def detail(run: Run, job: JobView | None, now: float) -> Described:
         ("series", series),
         ("evals", evaluations),
         ("scores", scores),
+        ("endpoint", endpoint),
         ("checkpoints", checkpoints),
         ("config_changes", config_changes),
     ):

@@ -143,6 +143,10 @@ def _facts(run: dict[str, Any], now: float) -> Table:
         ("backend", Text(f"{clean(run['backend']) or '-'}{size}; jobs: {jobs}")),
         ("stored", Text(clean(run["url"]))),
     ]
+    if run["endpoint"] is not None and run["state"] == "running":
+        rows.append(("serves", Text(clean(f"{run['endpoint']['model']} at {run['endpoint']['url']}"))))
+        if run["endpoint"]["command"]:
+            rows.append(("reach", Text(clean(f"{run['endpoint']['command']}  # then the address is this machine's"))))
     if run["created"] is not None:
         by = f" by {clean(run['owner'])}" if run["owner"] else ""
         rows.append(("created", Text(f"{moment(run['created'])}{by}, {duration(now - run['created'])} ago")))

@@ -24,6 +24,7 @@ SECTIONS = {
     "dist/fsdp": schema.DistConfig,
     "data/shakespeare": schema.DataConfig,
     "eval/default": schema.EvalConfig,
+    "serve/default": schema.ServeConfig,
     "checkpoint/default": schema.CheckpointConfig,
     "prepare/default": schema.PrepareConfig,
     "sweep/default": schema.SweepConfig,
@@ -76,7 +77,19 @@ def test_every_key_is_listed_with_its_default(file: str, struct: type[msgspec.St
 def test_top_level_lists_every_key_with_its_default() -> None:
     listed = yaml.safe_load((conf_dir() / "config.yaml").read_text())
     del listed["defaults"]
-    groups = {"cluster", "hardware", "model", "train", "dist", "data", "prepare", "eval", "checkpoint", "sweep"}
+    groups = {
+        "cluster",
+        "hardware",
+        "model",
+        "train",
+        "dist",
+        "data",
+        "prepare",
+        "eval",
+        "serve",
+        "checkpoint",
+        "sweep",
+    }
     assert list(listed) == [name for name in schema.RunConfig.__struct_fields__ if name not in groups]
     sections = {"code": schema.CodeConfig, "retry": schema.RetryConfig, "stop": schema.StopConfig}
     sections |= {"metrics": schema.MetricsConfig, "notify": schema.NotifyConfig}

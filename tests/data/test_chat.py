@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llm.data.chat import CHATML, encode_chat, render_chat
+from llm.data.chat import CHATML, encode_chat, encode_prompt, render_chat, turn_end
 from llm.data.tokenizer import ByteTokenizer
 from llm.data.tokenizer_json import load_json
 from llm.utils.config import ConfigError
@@ -90,6 +90,27 @@ def test_tokens_are_those_of_the_prompt_and_then_of_the_answer(template: str) ->
     assert tokens[loss].tolist() == answer
     assert loss.tolist().index(True) == len(prompt)
     assert tokens.tolist() == library.encode(render_chat(CHAT[:3], template)).ids
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADERS, QWEN])
+def test_a_prompt_is_what_comes_before_the_answer_in_training(template: str) -> None:
+    tokenizer = json_tokenizer("llama3")
+    tokens, loss = encode_chat(tokenizer, CHAT, template)
+    last = loss.tolist().index(True, len(encode_chat(tokenizer, CHAT[:3], template)[0]))  # where its last turn begins
+    assert encode_prompt(tokenizer, CHAT[:-1], template) == tokens[:last].tolist()
+    assert turn_end(tokenizer, template) == tokenizer.special["<|im_end|>"]
+    injected = [{"role": "user", "content": INJECTED}]
+    quiet = [{"role": "user", "content": "x"}]
+    spoken, silent = (encode_prompt(tokenizer, chat, template) for chat in (injected, quiet))
+    assert special_tokens(tokenizer, spoken) == special_tokens(tokenizer, silent)
+
+
+def test_a_template_that_forgets_still_makes_prompts() -> None:
+    tokenizer = json_tokenizer("llama3")
+    messages = [CHAT[1], {"role": "assistant", "content": "Hm.</think>Nay."}, CHAT[3]]
+    text = render_chat(messages, FORGETFUL, add_generation_prompt=True)
+    assert "Hm." not in text
+    assert tokenizer.decode(encode_prompt(tokenizer, messages, FORGETFUL)) == text
 
 
 contents = st.lists(
