@@ -2,7 +2,7 @@
 # make test      lint, types, layers, and the tests; brings up a real SLURM (see slurm/dev-cluster.sh)
 # make demo      a tiny run that is killed and goes on
 # make test-k8s  the Kubernetes tests that need a real cluster
-# make soak      the tests that repeat for long
+# make soak      the tests that repeat for long, and variants of others: what CI runs at night
 # make lint      without the tests
 # make docs      the site, into site/
 
@@ -33,8 +33,8 @@ demo: $(INSTALLED)
 test: lint
 ifeq ($(PYTEST_ARGS),)
 	@echo 'tests that wait for SLURM: written to $(SLURM_LOG), and shown at the end'
-	@$(BIN)/pytest -m '(slurm or signals) and not soak' >$(SLURM_LOG) 2>&1 & slurm=$$!; \
-	  $(BIN)/pytest -n 2 --dist worksteal -m 'not (slurm or signals or soak or k8s_cluster)'; others=$$?; \
+	@$(BIN)/pytest -m '(slurm or signals) and not (soak or long)' >$(SLURM_LOG) 2>&1 & slurm=$$!; \
+	  $(BIN)/pytest -n 2 --dist worksteal -m 'not (slurm or signals or soak or long or k8s_cluster)'; others=$$?; \
 	  wait $$slurm; code=$$?; cat $(SLURM_LOG); exit $$((others | code))
 else
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -45,7 +45,7 @@ test-k8s: $(INSTALLED)
 	$(BIN)/pytest -m k8s_cluster tests/k8s/cluster $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
-	$(BIN)/pytest -m soak $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'soak or long' $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

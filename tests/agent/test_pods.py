@@ -89,7 +89,7 @@ def test_a_pod_that_is_killed_is_replaced(pods: Callable[..., Pods], workload: s
     assert made.reasons()[1:] == ["finished"]
 
 
-@pytest.mark.parametrize(("workload", "node"), [("job", 0), ("pytorchjob", 1)])
+@pytest.mark.parametrize(("workload", "node"), [pytest.param("job", 0, marks=pytest.mark.long), ("pytorchjob", 1)])
 def test_training_goes_on_bit_by_bit(tmp_path: Path, undisturbed: dict[int, float], workload: str, node: int) -> None:
     config = load_config(TINY)
     record = RunRecord(

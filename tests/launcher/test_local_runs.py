@@ -49,7 +49,7 @@ def test_preempted_by_sigterm_it_resumes_bit_by_bit(local, undisturbed):
     assert value["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "node agent"])
+@pytest.mark.parametrize("victim", ["rank 0", pytest.param("node agent", marks=pytest.mark.long)])
 def test_kill_9_is_survived_bit_by_bit(local, undisturbed, victim):
     run_id = local.submit(*TINY)
     local.wait_step(run_id, 23)

@@ -44,6 +44,7 @@ def test_a_run_is_preempted_by_sigterm_and_finishes_bit_by_bit(remote, undisturb
     assert "step" in remote.ok("logs", run_id, "--attempt", "1")
 
 
+@pytest.mark.long
 def test_kill_9_of_the_node_agent_is_survived(remote, undisturbed):
     run_id = remote.submit(*TINY)
     remote.wait_step(run_id, 23)

@@ -13,7 +13,9 @@ from tests.launcher.harness import TINY
 SNAPSHOTS = (*TINY, "checkpoint.every_steps=0", "checkpoint.snapshot_steps=1")
 
 
-@pytest.mark.parametrize("victims", [[1], [0, 1]], ids=["rank 1", "both ranks"])
+@pytest.mark.parametrize(
+    "victims", [pytest.param([1], id="rank 1", marks=pytest.mark.long), pytest.param([0, 1], id="both ranks")]
+)
 def test_the_last_snapshot_of_ranks_that_die_is_committed(local, undisturbed, victims):
     run_id = local.submit(*SNAPSHOTS)
     local.wait_step(run_id, 20)

@@ -175,7 +175,10 @@ def test_activations_that_are_worked_out_again_change_nothing(ranks: Ranks, name
     assert ranks(size, train, config(train__activation_checkpointing=kept, **changes)) == plain
 
 
-@pytest.mark.parametrize(("changes", "packed"), [({}, True), ({"dist__tp": 2}, False), ({"dist__cp": 2}, True)])
+@pytest.mark.parametrize(
+    ("changes", "packed"),
+    [pytest.param({}, True, marks=pytest.mark.long), ({"dist__tp": 2}, False), ({"dist__cp": 2}, True)],
+)
 def test_compiled_blocks_compute_the_same(ranks: Ranks, changes: dict[str, Any], packed: bool) -> None:
     expected, _ = alone(packed=packed)
     for history, _ in ranks(2, train, config(train__compile=True, **changes), packed):

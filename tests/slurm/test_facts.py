@@ -124,7 +124,11 @@ def test_a_requeue_in_the_trap_brings_a_cancelled_job_back(submit: Submit, tmp_p
 @pytest.mark.signals
 @pytest.mark.parametrize(
     ("after", "state", "restarts"),
-    [("exit 0", "COMPLETED", "0"), ("exit 85", "FAILED", "0"), ("scontrol requeue $SLURM_JOB_ID", "PENDING", "1")],
+    [
+        ("exit 0", "COMPLETED", "0"),
+        pytest.param("exit 85", "FAILED", "0", marks=pytest.mark.long),
+        ("scontrol requeue $SLURM_JOB_ID", "PENDING", "1"),
+    ],
 )
 def test_under_grace_time_only_the_steps_get_term_and_the_job_must_requeue_itself(
     after: str, state: str, restarts: str, submit: Submit, tmp_path: Path

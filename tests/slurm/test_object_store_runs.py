@@ -15,7 +15,7 @@ def remote(slurm, s3_url, tmp_path):
     cluster.cancel_all()
 
 
-@pytest.mark.parametrize("requeue", [True, False])
+@pytest.mark.parametrize("requeue", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_preempted_on_two_nodes_it_resumes_bit_by_bit(remote, undisturbed, tmp_path, requeue):
     run_id = remote.submit(*TINY, f"cluster.log_dir={tmp_path}")
     remote.wait_step(run_id, 12)

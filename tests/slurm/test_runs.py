@@ -66,6 +66,7 @@ def test_preempted_by_a_more_important_job(launcher, undisturbed, partition):
     assert shares["committed"] > 0
 
 
+@pytest.mark.long
 def test_requeued_by_an_administrator(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
@@ -93,7 +94,7 @@ def test_the_time_limit_is_survived(launcher, undisturbed):
 
 
 @pytest.mark.signals
-@pytest.mark.parametrize("victim", ["rank", "agent"])
+@pytest.mark.parametrize("victim", [pytest.param("rank", marks=pytest.mark.long), "agent"])
 def test_kill_9(launcher, undisturbed, victim):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 23)
@@ -161,6 +162,7 @@ def test_cancel_of_a_pending_run(launcher):
     assert "cancelled" in launcher.ok("cancel", run_id, "--graceful")
 
 
+@pytest.mark.long
 def test_resume_of_a_cancelled_run(launcher, undisturbed):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)
@@ -259,7 +261,7 @@ def node_back():
     cluster.dev_cluster("reset")
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
+@pytest.mark.parametrize("node", ["n1", pytest.param("n2", marks=pytest.mark.long)])
 def test_a_node_that_goes_down(launcher, undisturbed, node, node_back):
     run_id = launcher.submit(*TINY)
     launcher.wait_step(run_id, 12)

@@ -139,7 +139,7 @@ def storm(sweeper, study, seed, blows):
     return struck
 
 
-@pytest.mark.parametrize("sampler", ["grid", "random"])
+@pytest.mark.parametrize("sampler", ["grid", pytest.param("random", marks=pytest.mark.long)])
 def test_the_table_is_the_same_whatever_happened(sweeper, sampler):
     arguments = ["env.LR=0.003,0.01,0.03", "env.SEED=range(0,4)"]
     if sampler == "random":

@@ -92,6 +92,7 @@ def test_what_llmops_refuses_is_one_line(app, tmp_path):
     assert "did you mean" in done.stderr or "there is no key cluster.partion" in done.stderr
 
 
+@pytest.mark.long
 def test_the_trainer_as_a_hydra_program_trains_into_its_trials_run(tmp_path):
     runs = tmp_path / "runs"
     env = {**os.environ, "LLMOPS_RUNS_URL": str(runs), "PYTHONPATH": str(TREE)}
