@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from llm.checkpoint.format import CheckpointError
 from llm.data.tokenizer import Tokenizer
@@ -112,7 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         world = connect(DistConfig(), *rank_environment())
-        texts = _write(options, world)
+        try:
+            texts = _write(options, world)
+        finally:
+            if world.grouped:
+                dist.destroy_process_group()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,8 @@ import sys
 
 from llm.train.control import EXIT_STOPPED, Control, settle_signals
 
-settle_signals()  # before anything slow
+if __name__ == "__main__":
+    settle_signals()  # before anything slow
 
 import argparse  # noqa: E402
 import asyncio  # noqa: E402

@@ -48,7 +48,6 @@ assert tuple(HELP) == PrepareConfig.__struct_fields__
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare; returns the exit code."""
-    settle_signals()
     options = vars(_parser().parse_args(argv))
     slurm = {name: options.pop(name) for name in tuple(options) if name.startswith("slurm")}
     slurm["jobs"] = options.pop("jobs")
@@ -187,4 +186,5 @@ def _complain(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    settle_signals()
     sys.exit(main())

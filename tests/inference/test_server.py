@@ -277,7 +277,7 @@ def test_a_stop_request_with_little_time_breaks_off_and_says_so(run: Path, tmp_p
     server = ServerProcess(run, "--drain-s", "600", control=control, LLMOPS_RUN_URL=str(tmp_path))
     endpoint = json.loads((tmp_path / "endpoint.json").read_text())
     assert (endpoint["port"], endpoint["model"]) == (server.port, "hamlet")
-    assert json.loads((control / "heartbeat.0").read_text())["phase"] == "serving"
+    wait_for(lambda: json.loads((control / "heartbeat.0").read_text())["phase"] == "serving")
     client = Client(server)
     client.ask({**LASTING, "n": 8})
     wait_for(lambda: server.metrics()["llm_serve_running"] == 8)

@@ -98,7 +98,8 @@ def run(
             for worker in busy:
                 if worker.connection in ready and not _hear(worker, seen):
                     pool.remove(worker)
-                    todo.insert(0, _died(worker, stage, deaths, seen))
+                    if worker.item is not None:  # else it had just finished
+                        todo.insert(0, _died(worker, stage, deaths, seen))
             yield seen
     finally:
         for worker in pool:
