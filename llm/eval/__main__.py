@@ -11,14 +11,14 @@ from llm.train.control import EXIT_STOPPED, Control, settle_signals
 if __name__ == "__main__":
     settle_signals()  # before anything slow
 
-import argparse  # noqa: E402
-import os  # noqa: E402
+import argparse
+import os
 
-import msgspec  # noqa: E402
+import msgspec
 
-from llm.eval.options import check  # noqa: E402
-from llm.train.environment import rank_environment  # noqa: E402
-from llm.utils.config import ConfigError, EvaluationConfig, read  # noqa: E402
+from llm.eval.options import check
+from llm.train.environment import rank_environment
+from llm.utils.config import ConfigError, EvaluationConfig, read
 
 FLAGS = ("tasks", "task_dir", "limit", "num_fewshot", "batch_size", "stride", "log_samples", "run_code")
 

@@ -11,22 +11,22 @@ from llm.train.control import EXIT_STOPPED, Control, settle_signals
 if __name__ == "__main__":
     settle_signals()  # before anything slow
 
-import argparse  # noqa: E402
-import asyncio  # noqa: E402
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Generator  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
 
-import msgspec  # noqa: E402
+import msgspec
 
-from llm.inference.serving import ServeConfig, ServingConfig, memory_blocks  # noqa: E402
-from llm.utils.config import ConfigError, load, read  # noqa: E402
-from llm.utils.storage import open_storage  # noqa: E402
+from llm.inference.serving import ServeConfig, ServingConfig, memory_blocks
+from llm.utils.config import ConfigError, load, read
+from llm.utils.storage import open_storage
 
 if TYPE_CHECKING:
     from llm.checkpoint.format import Commit
