@@ -116,7 +116,6 @@ def submit(prepared: launch.Prepared, objects: Mapping[str, bytes] | None = None
 
     companion = evaluation.companion(prepared.config, prepared.name)
     run = records.load_run(launch.start(prepared, objects))
-    assert companion is not None
     try:
         launch.start(launch.prepare(evaluation.follow(companion, run), prepared.runs.url))
     except (UserError, ClusterError) as error:
@@ -353,7 +352,7 @@ def resume(
     composed = recompose(text, overrides, cluster)
     runs = open_store(records.root_of(now.run.url))
     # Of the first submission, also when that one never got as far as naming it.
-    archive = f"{runs.job_url}/code/{record.code.sha256}.tar.gz" if record.code else None
+    archive = f"{runs.job_url}/{records.archive_path(record.code.sha256)}" if record.code else None
     prepared = launch.prepare(composed, runs.url, again=True)
     number = records.next_submission(now.run.store)
     if overrides or moved:

@@ -43,8 +43,8 @@ def prepare(
     code = record.code if own_code else None
     if own_code and code is None:
         raise UserError(f"{run.id} has no snapshot of its code; leave --code out")
-    if code is not None and not prepared.runs.exists(launch.archive_path(code)):
-        raise UserError(f"{prepared.runs.url}/{launch.archive_path(code)} is gone; leave --code out")
+    if code is not None and not prepared.runs.exists(records.archive_path(code.sha256)):
+        raise UserError(f"{prepared.runs.url}/{records.archive_path(code.sha256)} is gone; leave --code out")
     return launch.Prepared(**{**vars(prepared), "cloned_from": run.id, "code": code})
 
 

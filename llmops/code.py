@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from llmops.errors import UserError
+from llmops.runs.records import archive_path
 from llmops.runs.store import open_store
 
 # Never code, and often larger than it.
@@ -89,7 +90,7 @@ def snapshot(root: Path | None, runs_url: str, max_mb: float, exclude: Sequence[
         count, written = _write_tar(buffer, entries)
         with buffer.getbuffer() as content:
             digest = hashlib.sha256(content).hexdigest()
-            path = f"code/{digest}.tar.gz"
+            path = archive_path(digest)
             if not store.exists(path):
                 store.create(path, gzip.compress(content, compresslevel=3, mtime=0))
     return CodeSnapshot(digest, f"{store.job_url}/{path}", chosen, commit, dirty, count, written, tuple(skipped))

@@ -50,13 +50,11 @@ def resolve(composed: Composed, runs: Store) -> Composed:
     return _composed(msgspec.structs.replace(config, run=found.store.job_url, name=name))
 
 
-def companion(config: RunConfig, name: str) -> RunConfig | None:
-    """What evaluates each commit of the training called ``name``, but for its ``run``; None where none is wanted.
+def companion(config: RunConfig, name: str) -> RunConfig:
+    """What evaluates each commit of the training called ``name``, but for its ``run``.
 
     Raises UserError for what cannot run.
     """
-    if config.eval.every == "never":
-        return None
     found = msgspec.structs.replace(
         config,
         task="eval",

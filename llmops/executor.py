@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", "Prepared", "PreparedStudy")
 
 # Exceptions are told at once; `retry.max_no_progress=3` among the overrides tries again. Preemptions do not count.
 _DEFAULTS = ("retry.max_no_progress=1",)
@@ -53,22 +54,7 @@ class Executor:
         :class:`llmops.UserError` for what cannot be pickled or cannot run there; then nothing was submitted.
         """
         data = call.pickled(function, args, kwargs)
-        overrides = [*_DEFAULTS, *self.overrides]
-
-        def prepare(command: Sequence[str]) -> Prepared:
-            return api.prepare(
-                overrides,
-                backend=self.backend,
-                name=self._name(function),
-                command=command,
-                config_dir=self.config_dir,
-                runs_url=self.runs_url,
-            )
-
-        prepared = prepare(_command(sys.executable))
-        python = _python(prepared)
-        if python != sys.executable:
-            prepared = prepare(_command(python))
+        prepared = self._prepared(api.prepare, function, ())
         objects = call.sealed(prepared.run_id, [data], _path(prepared.config))
         return Run(api.submit(prepared, objects).url, calls=True)
 
@@ -84,22 +70,7 @@ class Executor:
         if not calls:
             return []
         fixed = [f"env.{call.NUMBER}=range(0,{len(calls)})", "sweep.sampler=grid", "sweep.objective=none"]
-        overrides = [*_DEFAULTS, *self.overrides, *fixed]
-
-        def prepare(command: Sequence[str]) -> PreparedStudy:
-            return studies.prepare(
-                overrides,
-                backend=self.backend,
-                name=self._name(function),
-                command=command,
-                config_dir=self.config_dir,
-                runs_url=self.runs_url,
-            )
-
-        prepared = prepare(_command(sys.executable))
-        python = _python(prepared.base)
-        if python != sys.executable:
-            prepared = prepare(_command(python))
+        prepared = self._prepared(studies.prepare, function, fixed)
         if prepared.record.trials != len(calls):
             raise UserError(
                 f"{len(calls)} calls would be {prepared.record.trials} runs, as an override has several values: give "
@@ -109,17 +80,28 @@ class Executor:
         study = studies.start(prepared, objects)
         return [Run(study.trial_store(number).url, calls=True) for number in range(len(calls))]
 
-    def _name(self, function: Callable[..., Any]) -> str:
-        return self.name or call.name_of(function)
+    def _prepared(self, prepare: Callable[..., S], function: Callable[..., Any], more: Sequence[str]) -> S:
+        """A run, or a study, whose command calls functions by the interpreter that the job will have."""
+        from llmops.launch import Prepared
+
+        def prepared(python: str) -> S:
+            return prepare(
+                [*_DEFAULTS, *self.overrides, *more],
+                backend=self.backend,
+                name=self.name or call.name_of(function),
+                command=[python, "-m", call.MODULE],
+                config_dir=self.config_dir,
+                runs_url=self.runs_url,
+            )
+
+        found = prepared(sys.executable)
+        python = _python(found if isinstance(found, Prepared) else found.base)
+        return found if python == sys.executable else prepared(python)
 
     def __repr__(self) -> str:
         settings = {"backend": self.backend, "name": self.name, "runs_url": self.runs_url}
         given = "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
         return f"Executor({self.overrides!r}{given})"
-
-
-def _command(python: str) -> list[str]:
-    return [python, "-m", call.MODULE]
 
 
 def _python(prepared: Prepared) -> str:

@@ -263,20 +263,15 @@ def dry_run(prepared: Prepared) -> str:
 def dry_origin(prepared: Prepared) -> Origin:
     """Of a submission whose snapshot is not taken."""
     if prepared.code is not None:
-        return Origin(f"{prepared.runs.job_url}/{archive_path(prepared.code)}")
+        return Origin(f"{prepared.runs.job_url}/{records.archive_path(prepared.code.sha256)}")
     return Origin(f"{prepared.runs.job_url}/code/SNAPSHOT.tar.gz" if prepared.config.code.enabled else None)
-
-
-def archive_path(code: records.Code) -> str:
-    """Where a snapshot lies in a run store."""
-    return f"code/{code.sha256}.tar.gz"
 
 
 def snapshot(prepared: Prepared) -> tuple[records.Code | None, str | None]:
     """Store the code that the run will use; what to record of it, and where it is. None where it is switched off."""
     config = prepared.config.code
     if prepared.code is not None:
-        return prepared.code, f"{prepared.runs.job_url}/{archive_path(prepared.code)}"
+        return prepared.code, f"{prepared.runs.job_url}/{records.archive_path(prepared.code.sha256)}"
     if not config.enabled:
         return None, None
     from llmops import code

@@ -22,6 +22,7 @@ from llm.data.chat import encode_prompt, turn_end
 from llm.data.tokenizer import Tokenizer
 from llm.inference.batching import Busy, Engine, Request, Update
 from llm.inference.event_stream import EventStream, disconnected
+from llm.inference.generate import prompt_tokens
 from llm.inference.http_answers import broken, event, http_error, json_answer, refusal
 from llm.inference.openai_answers import Answer, ChatAnswer, CompletionAnswer, Piece
 from llm.inference.openai_types import (
@@ -219,8 +220,8 @@ class Service:
             strange = next((each for each in prompt if not 0 <= each < self.tokenizer.vocab_size), None)
             if strange is not None:
                 raise Refused(400, f"prompt: {strange} is no token: 0 to {self.tokenizer.vocab_size - 1} are", "prompt")
-            return prompt or [self.tokenizer.end or 0]
-        return self.tokenizer.encode(prompt) or [self.tokenizer.end or 0]
+            return prompt or prompt_tokens(self.tokenizer, "")
+        return prompt_tokens(self.tokenizer, prompt)
 
     def _requests(
         self, prompt: list[int], sampling: Sampling, choices: int, param: str, tell: bool = False

@@ -71,6 +71,11 @@ def generate(
         logits = rows.add([text.row.generated[-1] if text.row.generated else 0 for text in texts])
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt; an empty one starts as if a document had just ended."""
+    return tokenizer.encode(prompt) or [tokenizer.end or 0]
+
+
 def room(number: int, prompt: Sequence[int], sampling: Sampling, limit: int | None) -> int:
     """How many tokens may be added to a prompt. Raises ValueError, as :func:`generate`."""
     if not prompt:
@@ -136,7 +141,7 @@ def _write(options: argparse.Namespace, world: World) -> list[str]:
     dtype = getattr(torch, options.dtype)
     model, commit = load_model(config, options.run_url, world.device, dtype, world=world)
     tokenizer = load_run_tokenizer(options.run_url, commit)
-    prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in options.prompt]
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt in options.prompt]
     rows = CachedRows(model, options.compile, world.size)
     limit = config.model.max_seq_len
     if world.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class Piece:
         self.finish = self.finish or update.finish
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one HTTP request for some ``requests`` of the engine's, which are its choices in their order."""
 
     kind = ""
@@ -69,9 +70,9 @@ class Answer:
         """What a stream says at its end, where the usage is wanted."""
         return {**self.head, "object": self.chunk, "choices": [], "usage": self.usage()}
 
+    @abstractmethod
     def choice(self, at: int, piece: Piece, whole: bool) -> dict[str, Any]:
         """One choice, or a part of it."""
-        raise NotImplementedError
 
     def spelled(self, token: int) -> str:
         """A token's text; half a character is U+FFFD."""

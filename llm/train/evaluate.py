@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.data.streaming import Stream
 from llm.data.tokenizer import Tokenizer
-from llm.inference.generate import generate
+from llm.inference.generate import generate, prompt_tokens
 from llm.inference.rows import RecomputedRows
 from llm.inference.sampling import Sampling
 from llm.train.control import Control
@@ -57,7 +57,7 @@ def samples(config: TrainingConfig, passes: Passes, tokenizer: Tokenizer) -> str
         return None
     if not passes.can_generate:
         return "no samples: under pipeline or context parallelism use python -m llm.inference.generate\n"
-    prompts = [tokenizer.encode(prompt) or [tokenizer.end or 0] for prompt in wanted.sample_prompts]
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt in wanted.sample_prompts]
     rows = RecomputedRows(passes.logits, config.model.max_seq_len, passes.device)
     sampling = Sampling(max_tokens=wanted.sample_tokens, temperature=wanted.temperature, seed=config.train.seed)
     texts = generate(rows, tokenizer, prompts, sampling)

@@ -104,7 +104,7 @@ def _files(runs: Pair, digests: tuple[str, str]) -> list[dict[str, str]] | None:
 
 def _archive(run: Run, digest: str) -> dict[str, str] | None:
     """Digest of every file of a snapshot, or None where the archive is gone."""
-    path = f"code/{digest}.tar.gz"
+    path = records.archive_path(digest)
     store = open_store(records.root_of(run.url))
     try:
         content = gzip.decompress(store.get(path))
@@ -147,9 +147,9 @@ def _data(runs: Pair, _: object = None) -> list[Row]:
 def _state(run: Run) -> dict[str, Any]:
     from llm.checkpoint.format import CheckpointError
     from llm.checkpoint.lineage import newest_commit, read_manifest
-    from llm.utils.storage import open_storage
+    from llmops.runs.ssh_storage import open_storage
 
-    storage = open_storage(run.url)
+    storage = open_storage(run.store)
     try:
         commit = newest_commit(storage)
         return dict(read_manifest(storage, commit).state) if commit else {}

@@ -117,6 +117,11 @@ def root_of(run_url: str) -> str:
     return run_url.removesuffix(path_of(run_url.rsplit("/", 1)[-1])).rstrip("/")
 
 
+def archive_path(sha256: str) -> str:
+    """Where a code snapshot with this digest lies in the folder of all runs."""
+    return f"code/{sha256}.tar.gz"
+
+
 def create_run(runs_url: str, record: RunRecord, config: bytes) -> Store:
     """Make the run directory: ``config.yaml``, then ``run.json``. Raises ``UserError`` when the id is taken."""
     store = open_store(runs_url).sub(path_of(record.id))

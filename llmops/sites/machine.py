@@ -18,7 +18,7 @@ from llmops.sites.checks import Check
 
 SECTION = "this machine"
 OLDEST_PYTHON = (3, 11)
-EXTRAS = ("train", "s3", "data", "k8s", "sweep", "ui")
+FOR_DEVELOPERS = ("bench", "dev", "docs")  # extras that change nothing of what works
 SHM = Path("/dev/shm")  # noqa: S108 - the kernel's shared memory, which DataLoader workers and NCCL use
 # The first driver that runs each major release of CUDA:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -48,7 +48,7 @@ def _install() -> Check:
     except metadata.PackageNotFoundError:
         found = f"{__version__}, run from {Path(__file__).parents[2]} without being installed"
         return Check(SECTION, "llmops", "warn", found, "pip install -e . there, so that jobs find it too")
-    missing = {extra: _missing(wanted, extra) for extra in EXTRAS}
+    missing = {extra: _missing(wanted, extra) for extra in _extras()}
     there = [extra for extra, names in missing.items() if not names]
     absent = [extra for extra, names in missing.items() if names]
     core = _missing(wanted, None)
@@ -56,6 +56,12 @@ def _install() -> Check:
     if core:
         return Check(SECTION, "llmops", "fail", f"{found}; missing: {', '.join(core)}", "pip install llmops, once more")
     return Check(SECTION, "llmops", "ok", found)
+
+
+def _extras() -> list[str]:
+    """The extras of llmops, as its metadata has them."""
+    known = metadata.metadata("llmops").get_all("Provides-Extra") or []
+    return [extra for extra in known if extra not in FOR_DEVELOPERS]
 
 
 def lacks(extra: str) -> list[str]:

@@ -77,7 +77,7 @@ def resume(study: records.Study, plan: Plan, max_parallel: int | None) -> record
     prepared = launch.prepare(plan.composed, root.url, again=True)
     base = launch.Prepared(**{**vars(prepared), "run_id": study.id, "name": study.record.name})
     code = study.record.code
-    archive = f"{root.job_url}/code/{code.sha256}.tar.gz" if code else None
+    archive = f"{root.job_url}/{runs.archive_path(code.sha256)}" if code else None
     spec = launch.stored_spec(study.store, study.submissions[-1].number) if study.submissions else None
     work_dir = (spec or {}).get("options", {}).get("work_dir")
     parallel = max_parallel or plan.composed.config.sweep.max_parallel

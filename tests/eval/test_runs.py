@@ -127,7 +127,7 @@ def test_on_a_cluster(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "train.global_batch_size=256", "eval.ranks=2", "name=large",
     )  # fmt: skip
     companion = evaluation.companion(large.config, large.name)
-    assert companion is not None
+    assert companion.eval.every == "never"
     submission = Submission(
         SubmissionRecord(number=0, tag="tag", backend="slurm", created=0.0), JobRecord(job_id="17", by="job", time=0.0)
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -317,3 +319,10 @@ def test_without_slurm_and_a_store_it_says_what_to_do(monkeypatch, capsys, tmp_p
     assert "not on PATH: sbatch, squeue" in out
     assert "LLMOPS_RUNS_URL is not set" in out
     assert "to do: run llmops on a login node" in out
+
+
+def test_every_extra_for_users_is_looked_for():
+    project = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
+    found = machine.python()[1].found
+    for extra in set(project["optional-dependencies"]) - set(machine.FOR_DEVELOPERS):
+        assert re.search(rf"\b{extra}\b", found), found

@@ -74,6 +74,8 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed_from_elsewhere(laptop,
     assert laptop.losses(run_id) == undisturbed
     assert "latest" in laptop.ok("ckpt", "ls", run_id)
     assert " ok " in laptop.ok("ckpt", "verify", run_id)
+    found = json.loads(laptop.ok("diff", "--json", run_id, run_id))
+    assert (found["problems"], found["data"], found["code"]["same"]) == ([], [], True)
     laptop.submit("cluster.time=5", PYTHON, command=("true",))
     (again,) = (laptop.root / "code").iterdir()
     assert (again.stat().st_ino, again.stat().st_mtime_ns) == (sent.st_ino, sent.st_mtime_ns), "sent once"

@@ -34,7 +34,7 @@ export function showRun(main, { id, about }) {
   const commits = tablePanel("Checkpoints", ["Step", "Saved", "Size", "Path"], (index) => index === 2);
   const scored = lineChart("Scores"), scores = tablePanel("Scores by step", ["Task", "Metric", "Step", "Score", "± standard error", "When"], (index) => [2, 3, 4].includes(index));
   const changes = tablePanel("Changes of configuration", ["Key", "Before", "After", "Submission"], (index) => index === 3);
-  const rest = h("div", { class: "stack", hidden: true }, numbers, h("div", { class: "charts four" }, loss.el, speed.el, mfu.el, norm.el), line.el, h("div", { class: "charts" }, scored.el, scores.el), attempts.el,
+  const rest = h("div", { class: "stack", hidden: true }, numbers, h("div", { class: "charts four" }, loss.el, speed.el, mfu.el, norm.el), line.el, h("div", { class: "charts" }, scored.el), scores.el, attempts.el,
     log.el, h("div", { class: "charts" }, commits.el, changes.el));
   const waiting = h("p", { class: "empty", text: "Reading the run…" });
   const parent = h("a", { class: "back", href: "#/", text: "← Runs" });
